@@ -1,0 +1,62 @@
+"""Time grids on [0, T], and quadrature weights so that every time integral carries its weight.
+
+integral of h dt over the grid ~ sum_k w_k h(t_k), w: (N+1,). An estimator is no better than the worse of its solver
+and its
+quadrature: Euler with a left sum is first order, Heun with a trapezoid second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ctrl.problem import Problem, ScoreAsAction
+
+Quadrature = Callable[[Problem, Tensor], Tensor]
+
+
+def uniform(problem: Problem, steps: int) -> Tensor:
+    """N + 1 times uniform in t, float64."""
+    _check_steps(steps)
+    return torch.linspace(0.0, problem.horizon, steps + 1, dtype=torch.float64)
+
+
+def log_snr(problem: ScoreAsAction, steps: int) -> Tensor:
+    """N + 1 times uniform in lambda, float64; lambda must be finite at s_min."""
+    _check_steps(steps)
+    ends = torch.tensor([problem.s_max, problem.s_min], dtype=torch.float64)
+    first, last = problem.noising.log_snr(ends).tolist()
+    if not abs(last) < float("inf"):
+        raise ValueError(f"s_min = {problem.s_min} has infinite log-SNR; a log-SNR grid needs s_min > 0")
+    s = problem.noising.s_of_log_snr(torch.linspace(first, last, steps + 1, dtype=torch.float64))
+    times = problem.s_max - s
+    times[0], times[-1] = 0.0, problem.horizon
+    return times
+
+
+def left(problem: Problem, times: Tensor) -> Tensor:
+    """Left Riemann sum: order 1."""
+    return torch.cat([times.diff(), times.new_zeros(1)])
+
+
+def trapezoid(problem: Problem, times: Tensor) -> Tensor:
+    """Trapezoid in t: order 2."""
+    return _halves(times.diff())
+
+
+def clock_trapezoid(problem: Problem, times: Tensor) -> Tensor:
+    """Trapezoid in the noise's clock: integral of (h/rate) d clock. Order 2, and exact for h proportional to the
+    rate."""
+    return _halves(problem.clock(times).diff()) / problem.rate(times)
+
+
+def _halves(step: Tensor) -> Tensor:
+    zero = step.new_zeros(1)
+    return (torch.cat([step, zero]) + torch.cat([zero, step])) / 2
+
+
+def _check_steps(steps: int) -> None:
+    if not (isinstance(steps, int) and steps >= 1):
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}")

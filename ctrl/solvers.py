@@ -1,0 +1,272 @@
+"""Solvers: one short step each, on any grid.
+
+A solver plans the coefficients of all steps at once (`plan`), then takes them one by one (`step`). xi is the
+standardised increment of the driving path over the step, so the noise carries the exact integral of g²; a = act(t_k,
+x_k)
+is given, and `act` evaluates the policy at further stages. `memory` is what a multistep method carries along.
+
+A solver whose step is Gaussian given the past (`GaussianStep`) says so by its `transition`; the density of a discrete
+chain, and with it likelihood ratios, exists for these alone.
+
+The exponential steps share one form. With x0hat = (x + sigma_0² a)/alpha_0, eps = -sigma_0 a and a variance v,
+
+    x_1 = alpha_1 x0hat + sqrt(sigma_1² - v) eps + sqrt(v) xi                       (DDIM, arXiv 2010.02502)
+
+    v = sigma_1² (1 - e^{-eta² dlambda})    : the SDE with this eta, x0hat frozen over the step
+    v = ddim_eta² sigma_1² (1 - e^{-dlambda}): DDIM's own eta
+
+which agree at eta = 0 and 1 only.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ctrl import grids
+from ctrl.gaussian import Gaussian
+from ctrl.linop import LinOp, Matrix, Scalar
+from ctrl.problem import Problem, ScoreAsAction
+
+Act = Callable[[Tensor, Tensor], Tensor]
+"""act(t: (), x: (B, *D)) -> (B, *D)."""
+
+
+def held(a: Tensor) -> Act:
+    """An action drawn once and kept over the step."""
+    return lambda t, x: a
+
+
+class Solver(ABC):
+    """One step of a numerical method."""
+
+    calls: ClassVar[int] = 1
+    """Policy evaluations a step."""
+
+    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
+        """The quadrature weights, (N+1,), whose order matches the method's weak order."""
+        return grids.left(problem, times)
+
+    @abstractmethod
+    def plan(self, problem: Problem, times: Tensor) -> list[Any]:
+        """The coefficients of the N steps of a grid (N+1,)."""
+
+    @abstractmethod
+    def step(
+        self, problem: Problem, c: Any, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """(x_{k+1}, memory) from x_k and a_k = act(t_k, x_k)."""
+
+
+class GaussianStep(Solver):
+    """A solver whose x_{k+1} is Gaussian given the past."""
+
+    @abstractmethod
+    def transition(
+        self, problem: Problem, c: Any, x: Tensor, a: Tensor, memory: Tensor | None
+    ) -> tuple[Gaussian, Tensor | None]:
+        """The law of x_{k+1}, and the memory handed on."""
+
+    def step(
+        self, problem: Problem, c: Any, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        law, memory = self.transition(problem, c, x, a, memory)
+        return law.sample(xi), memory
+
+
+@dataclass(frozen=True)
+class _EulerStep:
+    t: Tensor
+    dt: float
+    t_next: Tensor
+    root: LinOp
+
+
+def _euler_plan(problem: Problem, times: Tensor) -> list[_EulerStep]:
+    dt, spread = times.diff().tolist(), problem.clock(times).diff().sqrt().tolist()
+    return [
+        _EulerStep(t, h, t_next, problem.root.scale(w))
+        for t, h, t_next, w in zip(times[:-1].unbind(), dt, times[1:].unbind(), spread, strict=True)
+    ]
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(GaussianStep):
+    """x_{k+1} = x_k + dt (b0 + B a) + L dW~. Weak and (additive noise) strong order 1."""
+
+    def plan(self, problem: Problem, times: Tensor) -> list[_EulerStep]:
+        return _euler_plan(problem, times)
+
+    def transition(
+        self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, memory: Tensor | None
+    ) -> tuple[Gaussian, Tensor | None]:
+        velocity = problem.drift(c.t, x) + problem.control(c.t).apply(a)
+        return Gaussian(torch.add(x, velocity, alpha=c.dt), c.root), None
+
+
+@dataclass(frozen=True)
+class Heun(Solver):
+    """x' = Euler's step; x_{k+1} = x_k + dt/2 [F(t_k, x_k) + F(t_{k+1}, x')] + L dW~, F = b0 + B a.
+
+    Weak order 2 for additive noise when dW~ carries the exact integral of g²; strong order 1. No transition density.
+    """
+
+    calls: ClassVar[int] = 2
+
+    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
+        return grids.trapezoid(problem, times)
+
+    def plan(self, problem: Problem, times: Tensor) -> list[_EulerStep]:
+        return _euler_plan(problem, times)
+
+    def step(
+        self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        first = problem.drift(c.t, x) + problem.control(c.t).apply(a)
+        start = x + c.root.apply(xi)
+        ahead = torch.add(start, first, alpha=c.dt)
+        second = problem.drift(c.t_next, ahead) + problem.control(c.t_next).apply(act(c.t_next, ahead))
+        return torch.add(start, first + second, alpha=c.dt / 2), None
+
+
+@dataclass(frozen=True)
+class _ExponentialStep:
+    from_x: float
+    from_a: float
+    root: Scalar
+
+
+class _Exponential(GaussianStep):
+    """x_1 = alpha_1 x0hat + rho sigma_1 eps + sigma_1 sqrt(1 - rho²) xi, rho the part of eps that is kept."""
+
+    @abstractmethod
+    def log_kept(self, problem: ScoreAsAction, dlambda: Tensor) -> Tensor:
+        """log rho, rho² = 1 - v/sigma_1²."""
+
+    def plan(self, problem: Problem, times: Tensor) -> list[_ExponentialStep]:
+        alpha, sigma, dlambda = _schedule(problem, times, self)
+        log_rho = self.log_kept(problem, dlambda)  # type: ignore[arg-type]
+        from_x = alpha[1:] / alpha[:-1]
+        from_a = -from_x * sigma[:-1].square() * torch.expm1(log_rho - dlambda / 2)
+        spread = sigma[1:] * (-torch.expm1(2 * log_rho)).sqrt()
+        return [
+            _ExponentialStep(cx, ca, Scalar(w))
+            for cx, ca, w in zip(from_x.tolist(), from_a.tolist(), spread.tolist(), strict=True)
+        ]
+
+    def transition(
+        self, problem: Problem, c: _ExponentialStep, x: Tensor, a: Tensor, memory: Tensor | None
+    ) -> tuple[Gaussian, Tensor | None]:
+        return Gaussian(torch.add(x * c.from_x, a, alpha=c.from_a), c.root), None
+
+
+@dataclass(frozen=True)
+class Exponential(_Exponential):
+    """The SDE's first-order exponential step: exact in the linear part, x0hat frozen. Uses the problem's eta."""
+
+    def log_kept(self, problem: ScoreAsAction, dlambda: Tensor) -> Tensor:
+        return -(problem.eta**2) / 2 * dlambda
+
+
+@dataclass(frozen=True)
+class DDIM(_Exponential):
+    """DDIM's step with its own ddim_eta in [0, 1] (Song et al. 2021, arXiv 2010.02502, eq. 12 and 16)."""
+
+    ddim_eta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ddim_eta <= 1:
+            raise ValueError(f"ddim_eta must lie in [0, 1], got {self.ddim_eta}")
+
+    def log_kept(self, problem: ScoreAsAction, dlambda: Tensor) -> Tensor:
+        return torch.log1p(self.ddim_eta**2 * torch.expm1(-dlambda)) / 2
+
+
+@dataclass(frozen=True)
+class _MultistepStep:
+    tweedie_x: float
+    tweedie_a: float
+    from_x: float
+    from_x0: float
+    extrapolate: float
+    root: Scalar
+
+
+@dataclass(frozen=True)
+class Multistep2(GaussianStep):
+    """2M: SDE-DPM-Solver++(2M) at any eta, weak order 2 with one call a step (Lu et al. 2022, arXiv 2211.01095).
+
+    x_1 = (sigma_1/sigma_0) e^{-eta² dl/2} x + alpha_1 (1 - e^{-(1+eta²) dl/2}) D + sigma_1 sqrt(1 - e^{-eta² dl}) xi,
+    D = x0hat + (dl/(2 dl_-)) (x0hat - x0hat_-), dl the step in lambda, minus the step before. Gaussian given (x_k,
+    x_{k-1}).
+    """
+
+    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
+        return grids.clock_trapezoid(problem, times)
+
+    def plan(self, problem: Problem, times: Tensor) -> list[_MultistepStep]:
+        alpha, sigma, dlambda = _schedule(problem, times, self)
+        if not bool(torch.isfinite(dlambda).all()):
+            raise ValueError("2M extrapolates in log-SNR, which must be finite at both ends: take s_min > 0")
+        noise = problem.eta**2 * dlambda  # type: ignore[attr-defined]
+        extrapolate = torch.cat([torch.zeros(1, dtype=dlambda.dtype), dlambda[1:] / (2 * dlambda[:-1])])
+        columns = (
+            1 / alpha[:-1],
+            sigma[:-1].square() / alpha[:-1],
+            sigma[1:] / sigma[:-1] * torch.exp(-noise / 2),
+            -alpha[1:] * torch.expm1(-(dlambda + noise) / 2),
+            extrapolate,
+            sigma[1:] * (-torch.expm1(-noise)).sqrt(),
+        )
+        return [_MultistepStep(*row, Scalar(w)) for *row, w in torch.stack(columns, 1).tolist()]
+
+    def transition(
+        self, problem: Problem, c: _MultistepStep, x: Tensor, a: Tensor, memory: Tensor | None
+    ) -> tuple[Gaussian, Tensor | None]:
+        x0hat = torch.add(x * c.tweedie_x, a, alpha=c.tweedie_a)
+        target = x0hat if memory is None else torch.lerp(memory, x0hat, 1 + c.extrapolate)
+        return Gaussian(torch.add(x * c.from_x, target, alpha=c.from_x0), c.root), x0hat
+
+
+def _schedule(problem: Problem, times: Tensor, solver: Solver) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma (N+1,) and the steps in lambda (N,)."""
+    if not isinstance(problem, ScoreAsAction):
+        raise ValueError(f"solver {type(solver).__name__} needs a ScoreAsAction problem, got {type(problem).__name__}")
+    s = problem.s(times)
+    return problem.noising.alpha(s), problem.noising.sigma(s), problem.noising.log_snr(s).diff()
+
+
+@dataclass(frozen=True)
+class LinearStep:
+    """x_1 = phi x + shift + L xi; phi: (d, d), shift: (d,)."""
+
+    phi: Tensor
+    shift: Tensor
+    root: LinOp
+
+
+@dataclass(frozen=True)
+class Exact(GaussianStep):
+    """The exact transitions of a linear-Gaussian closed loop, exact in law on any grid; the action is built in.
+
+    `between(t0, t1)` gives the transition of the problem *with its policy* (for example `toy.lq.closed_loop`).
+    """
+
+    between: Callable[[float, float], LinearStep]
+
+    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
+        return grids.trapezoid(problem, times)
+
+    def plan(self, problem: Problem, times: Tensor) -> list[LinearStep]:
+        return [self.between(t0, t1) for t0, t1 in pairwise(times.tolist())]
+
+    def transition(
+        self, problem: Problem, c: LinearStep, x: Tensor, a: Tensor, memory: Tensor | None
+    ) -> tuple[Gaussian, Tensor | None]:
+        return Gaussian(Matrix(c.phi).apply(x) + c.shift.to(x), c.root), None

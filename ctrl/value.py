@@ -1,0 +1,69 @@
+"""Critics: V(t, x) and its gradient, exact or learned behind one interface.
+
+The structured critic (arXiv 2502.01819) starts from the reward itself: at the data end V = r, and before it r at the
+reference's Tweedie mean x0hat is a first guess, which a network corrects:
+
+    V(t, x) = c_skip(u) r(x0hat(t, x)) + c_out(u) F(t, x, cond),   u = 1 - t/T the time to go,
+    c_skip(0) = 1, c_out(0) = 0, so that V(T, .) = r exactly (x0hat = x there).
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ctrl.linop import broadcast
+from ctrl.problem import ScoreAsAction
+
+
+class Critic(ABC):
+    """V and grad V at times t (B,) and states x (B, *D)."""
+
+    @abstractmethod
+    def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        """V(t, x), (B,)."""
+
+    def grad(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        """grad_x V(t, x), (B, *D), by automatic differentiation; a closed form may replace it."""
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = self.value(t, x, cond)
+            grad = torch.autograd.grad(value.sum(), x, allow_unused=True)[0] if value.requires_grad else None
+            if grad is None:
+                raise ValueError(f"{type(self).__name__} is not differentiable in x: it has values, but no gradient")
+            return grad
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The pair c_skip(u), c_out(u) of a structured critic, as functions of the time to go u in [0, 1]."""
+
+    c_skip: Callable[[Tensor], Tensor]
+    c_out: Callable[[Tensor], Tensor]
+
+
+COSINE = Skip(lambda u: torch.cos(math.pi / 2 * u), lambda u: torch.sin(math.pi / 2 * u))
+LINEAR = Skip(lambda u: 1 - u, lambda u: u)
+
+
+@dataclass(frozen=True)
+class StructuredCritic(Critic):
+    """V = c_skip(u) r(x0hat) + c_out(u) F(t, x, cond). `network` is F: (t, x, cond) -> (B,)."""
+
+    problem: ScoreAsAction
+    network: Callable[[Tensor, Tensor, Any], Tensor]
+    skip: Skip = COSINE
+
+    def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        u = (1 - t / self.problem.horizon).clamp(0, 1).to(x.dtype)
+        x0hat = self.problem.x0hat(t, x, self.problem.reference(t, x, cond))
+        reward = self.problem.terminal_reward(x0hat, cond)
+        if torch.is_grad_enabled() and x.requires_grad and not reward.requires_grad:  # or grad V lacks its part
+            raise ValueError("the reward is not differentiable in x, so V has values, but no gradient")
+        return broadcast(self.skip.c_skip(u), reward) * reward + self.skip.c_out(u) * self.network(t, x, cond)
