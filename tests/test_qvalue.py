@@ -1,0 +1,120 @@
+"""Advantage rates, greedy policies and the martingale conditions, on problems whose V is exact."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctrl import (
+    Estimate,
+    Exact,
+    Noise,
+    Scalar,
+    advantage_rate,
+    greedy,
+    greedy_policy,
+    grids,
+    martingale_residual,
+    rollout,
+    td_residual,
+    z_bound,
+)  # fmt: skip
+from tests.strategies import SEEDS, gaussians, normal, states
+from toy import catalogue
+
+
+@given(gaussians(), SEEDS, st.floats(0.05, 1.0))
+def test_q_of_score_as_action(p, seed, std):
+    """kappa <a - s, grad V> - (beta kappa²/(2 eta² g²)) (|a - s_ref|² - |s - s_ref|²) (+ (...) tr Sigma - gamma
+    Ent)."""
+    problem = dataclasses.replace(p.problem, gamma=0.3)
+    t, y = states(problem, seed=seed)
+    g = torch.Generator().manual_seed(seed)
+    a, s, grad = (normal(g, *y.shape) for _ in range(3))
+    s_ref, kappa, g2 = p.score(t, y), problem.kappa(t), problem.rate(t)
+    price = p.beta * kappa.square() / (2 * p.eta**2 * g2.clamp_min(1e-300))
+    difference = (a - s_ref).square().sum(1) - (s - s_ref).square().sum(1)
+    q = kappa * ((a - s) * grad).sum(1) - price * difference
+    scale = float(q.abs().max()) + 1
+    assert float((advantage_rate(problem, t, a, s, s_ref, grad) - q).abs().max()) < 1e-10 * scale
+    d = y.shape[1]
+    entropy = d / 2 * torch.log(torch.tensor(2 * torch.pi * torch.e)) + d * torch.log(torch.tensor(std))
+    exploring = q + price * d * std**2 - 0.3 * entropy
+    got = advantage_rate(problem, t, a, s, s_ref, grad, Scalar(std))
+    assert float((got - exploring).abs().max()) < 1e-10 * scale
+
+
+@given(gaussians(), SEEDS)
+def test_greedy_action(p, seed):
+    """s_ref + (2 eta²/(beta (1 + eta²))) grad V maximises q over a; at the exact V* it is the optimal policy."""
+    problem = p.problem
+    t, y = states(problem, seed=seed)
+    s_ref, grad = p.score(t, y), p.value.grad(t, y)
+    best = greedy(problem, t, s_ref, grad)
+    torch.testing.assert_close(best, s_ref + 2 * p.eta**2 / (p.beta * (1 + p.eta**2)) * grad, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(best, p.optimal_policy(t, y), rtol=1e-9, atol=1e-9)
+    other = best + normal(torch.Generator().manual_seed(seed), *y.shape)
+    assert bool((advantage_rate(problem, t, other, best, s_ref, grad) <= 1e-9).all())
+
+
+def test_greedy_policy_explores_at_gamma_over_R():
+    """Covariance gamma eta² g²/(beta kappa²) I; its mean is the greedy action."""
+    p = dataclasses.replace(catalogue.get("gaussian-16d").exact, eta=0.7)
+    problem = dataclasses.replace(p.problem, gamma=0.2)
+    t, y = states(problem)
+    law = greedy_policy(problem, p.value)(t, y)
+    torch.testing.assert_close(law.mean, p.optimal_policy(t, y), rtol=1e-9, atol=1e-9)
+    kappa, g2 = problem.kappa(t), problem.rate(t)
+    torch.testing.assert_close(law.root.c.square(), 0.2 * 0.49 * g2 / (p.beta * kappa.square()))
+
+
+@pytest.mark.parametrize("discount", [0.0, 0.5])
+def test_martingale_and_td_residuals(discount):
+    """On policy, with the exact V, both residuals have mean zero at every node, but for their quadrature (z-tests,
+    exact
+    transitions). With a wrong V (that of another discount) they do not: the test has the power to see it."""
+    base = dataclasses.replace(catalogue.get("lq-1d").exact, gamma=0.0, discount=discount)
+    lq = base.exact
+    policy, n, times = lq.reference, 20_000, grids.uniform(base, 64)
+    path = rollout(base, policy, times, Noise(1), torch.arange(n), solver=Exact(lq.closed_loop(policy)))
+    cost = path.at_nodes(lambda t, x, c: base.running_cost(t, x, policy(t, x), base.reference(t, x)))
+
+    def residual_z(value):
+        v = path.at_nodes(value.value)
+        whole, step = martingale_residual(base, path, v, cost), td_residual(base, path, v, cost)
+        assert float(whole[-1].abs().max()) < 1e-12  # V(T, .) = r
+        # left point: the mean of a step is dt/2 (h_{k+1} - h_k) + O(dt³), h = E[c + rho V]
+        step = step - (cost + discount * v).diff(dim=0) * times.diff()[:, None] / 2
+        return torch.cat([Estimate.of(r.T).z(0.0) for r in (whole[:-1], step)])
+
+    # trapezoid: dt²/12 (h'(T) - h'(t)) = 2e-5 h', against a standard error of 5e-3 at least, with |h'| < 10
+    assert float(residual_z(lq.value(policy)).abs().max()) < z_bound(128) + 0.04
+    wrong = dataclasses.replace(base, discount=0.5 - discount).exact.value(policy)
+    assert float(residual_z(wrong).abs().max()) > z_bound(128) + 5
+
+
+def test_residuals_vanish_along_noiseless_paths():
+    """S -> 0: along the flow V(t) + integral of -c is constant, so both residuals are quadrature error: orders 2 and
+    1 (per unit
+    of time), in e^{-rho t} units too."""
+    base = catalogue.get("lq-1d").exact
+    base = dataclasses.replace(base, S=torch.tensor([[1e-9]]), gamma=0.0, discount=0.7)
+    lq = base.exact
+    policy, worst = lq.optimal_policy(), []
+    for steps in (32, 64):
+        times = grids.uniform(base, steps)
+        path = rollout(base, policy, times, Noise(1), torch.arange(4), solver=Exact(lq.closed_loop(policy)))
+        cost = path.at_nodes(lambda t, x, c: base.running_cost(t, x, policy(t, x), base.reference(t, x)))
+        v = path.at_nodes(lq.optimal_value().value)
+        whole, step = martingale_residual(base, path, v, cost), td_residual(base, path, v, cost)
+        worst.append((float(whole.abs().max()), float(step.abs().sum(0).max())))
+    assert worst[0][0] / worst[1][0] == pytest.approx(4, rel=0.1)
+    assert worst[0][1] / worst[1][1] == pytest.approx(2, rel=0.1)
+
+
+def test_shapes_are_checked():
+    problem = catalogue.get("gaussian-1d").problem
+    with pytest.raises(ValueError, match="a, s and a_ref"):
+        advantage_rate(problem, torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(1), torch.zeros(2, 1))

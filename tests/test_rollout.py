@@ -1,0 +1,234 @@
+"""Rollouts: what they record, one path for every grid and process, exploration, and what they refuse."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ctrl import (
+    DDIM,
+    Estimate,
+    EulerMaruyama,
+    Exponential,
+    Heun,
+    Multistep2,
+    Noise,
+    Scalar,
+    ScoreAsAction,
+    StandardNormal,
+    VPLinear,
+    fit_order,
+    grids,
+    rollout,
+    z_bound,
+)  # fmt: skip
+from toy import catalogue
+from toy.chain import affine_steps, chain_moments
+
+SOLVERS = [EulerMaruyama(), Heun(), Exponential(), Multistep2(), DDIM(0.5)]
+
+
+@pytest.mark.parametrize("name", catalogue.NAMES)
+def test_every_problem_runs(name):
+    """The recorded pieces have the stated shapes, and Euler's states follow from them: x_{k+1} = x_k + dt (b0 + B a)
+    + L dW."""
+    entry = catalogue.get(name)
+    problem, ids = entry.problem, torch.arange(5)
+    cond, times = entry.condition(ids), grids.uniform(problem, 6)
+    path = rollout(problem, entry.optimal_policy, times, Noise(0), ids, cond=cond)
+    assert path.x.shape == (7, 5, *problem.shape)
+    assert path.a.shape[:2] == path.xi.shape[:2] == (6, 5)
+    assert path.integrate(torch.ones(7, 5)).tolist() == pytest.approx([problem.horizon] * 5)
+    for k in range(6):
+        t = times[k].expand(5)
+        torch.testing.assert_close(path.a[k], entry.optimal_policy(t, path.x[k], cond))
+        velocity = problem.drift(t, path.x[k]) + problem.control(t).apply(path.a[k])
+        noise = problem.root.apply(path.xi[k]) * (problem.clock(times[k + 1]) - problem.clock(times[k])).sqrt()
+        torch.testing.assert_close(path.x[k + 1], path.x[k] + (times[k + 1] - times[k]) * velocity + noise)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_any_split_of_the_samples_gives_the_same_paths(solver, parts):
+    """Randomness belongs to the sample, not to the process: 1, 2 or 4 parts, bitwise."""
+    entry = catalogue.get("mixture-2d-conditional")
+    ids = torch.arange(100, 112)
+    times = grids.log_snr(entry.problem, 8)
+
+    def run(ids):
+        return rollout(
+            entry.problem, entry.problem.reference, times, Noise(9, 2), ids, solver=solver, cond=entry.condition(ids)
+        ).x
+
+    torch.testing.assert_close(torch.cat([run(part) for part in ids.chunk(parts)], 1), run(ids), rtol=1e-13, atol=1e-13)
+
+
+def test_same_seed_same_numbers_and_other_epoch_others():
+    problem = catalogue.get("mixture-1d").problem
+    ids, times = torch.arange(4), grids.uniform(problem, 5)
+    runs = [rollout(problem, problem.reference, times, Noise(*key), ids).x for key in ((1, 0), (1, 0), (1, 1), (2, 0))]
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+    assert not torch.equal(runs[0], runs[3])
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_moments_of_the_sampled_chain(solver):
+    """Sampled rollouts against the exact moments of the same chain: mean and variance at the end, z-tests."""
+    p = catalogue.get("gaussian-1d").exact
+    policy, times, n = p.perturbed(-0.3, 0.6), grids.uniform(p.problem, 10), 20_000
+    exact = chain_moments(p.problem, policy, times, solver, p.initial.mean, p.initial.covariance)
+    x = rollout(p.problem, policy, times, Noise(6), torch.arange(n), solver=solver).x[-1, :, 0]
+    mean, var = exact.mean[-1, 0], exact.covariance[-1, 0, 0]
+    z = [Estimate.of(x).z(mean), Estimate.of((x - mean).square()).z(var)]
+    assert max(abs(float(v)) for v in z) < z_bound(2 * len(SOLVERS))
+
+
+def test_chain_of_euler_by_hand():
+    """x_1 = (1 + dt (-f + kappa K)) x + dt kappa k + sqrt(int g²) xi, from the steps' own affine maps."""
+    p = catalogue.get("gaussian-1d").exact
+    problem, times = p.problem, grids.uniform(p.problem, 3)
+    policy = p.perturbed(-0.3, 0.6)
+    for k, step in enumerate(affine_steps(problem, policy, times, EulerMaruyama())):
+        t, dt = times[k], times[k + 1] - times[k]
+        K, kappa = float(policy.K(t[None].numpy())[0, 0, 0]), float(problem.kappa(t))
+        f = float(p.noising.f(problem.s(t)))
+        assert float(step.phi[0, 0]) == pytest.approx(1 + float(dt) * (-f + kappa * K), rel=1e-12)
+        assert float(step.b[0]) == pytest.approx(float(dt) * kappa * float(policy.k(t[None].numpy())[0, 0]), rel=1e-12)
+        variance = float(problem.clock(times[k + 1]) - problem.clock(t))
+        assert float(step.gamma[0, 0]) == pytest.approx(variance**0.5, rel=1e-12)
+
+
+@pytest.mark.parametrize("solver", [EulerMaruyama(), Heun(), Exponential()], ids=str)
+def test_sampled_and_held_actions_leave_the_law_at_order_one(solver):
+    """Exploration averages out of the drift: the state's law moves by O(dt), exactly, from the chain's moments."""
+    p = catalogue.get("gaussian-1d").exact
+    policy, steps, gaps = p.perturbed(-0.3, 0.6), [40, 80, 160, 320], []
+    for n in steps:
+        args = p.problem, policy, grids.uniform(p.problem, n), solver, p.initial.mean, p.initial.covariance
+        quiet, exploring = (chain_moments(*args, spread=lambda t, c=c: Scalar(c)) for c in (0.0, 0.7))
+        torch.testing.assert_close(quiet.mean, exploring.mean)
+        gaps.append(float((exploring.covariance[-1] - quiet.covariance[-1]).abs()))
+    assert fit_order(steps, gaps) == pytest.approx(1, abs=0.1)
+
+
+def test_exploring_rollouts_have_the_exploring_chain_s_moments():
+    """`spread` in a rollout: variance by sampling against the exact chain, and actions scattered by L."""
+    p = catalogue.get("gaussian-1d").exact
+    policy, times, n = p.perturbed(-0.3, 0.6), grids.uniform(p.problem, 10), 20_000
+    args = p.problem, policy, times, Heun(), p.initial.mean, p.initial.covariance
+    exact, quiet = chain_moments(*args, spread=lambda t: Scalar(1.5)), chain_moments(*args)
+    path = rollout(p.problem, policy, times, Noise(8), torch.arange(n), solver=Heun(), spread=lambda t: Scalar(1.5))
+    x, mean, var = path.x[-1, :, 0], exact.mean[-1, 0], exact.covariance[-1, 0, 0]
+    z = [Estimate.of(x).z(mean), Estimate.of((x - mean).square()).z(var)]
+    scatter = path.a[4] - policy(times[4].expand(n), path.x[4])
+    z += [Estimate.of(scatter.square()[:, 0]).z(1.5**2)]
+    assert max(abs(float(v)) for v in z) < z_bound(3)
+    assert abs(float(Estimate.of((x - mean).square()).z(quiet.covariance[-1, 0, 0]))) > 2 * z_bound(3)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_float32_follows_float64(solver):
+    """The same path in float32, on a contracting linear problem: 20 steps, each of at most 20 roundings."""
+    problem, ids = catalogue.get("gaussian-1d").problem, torch.arange(20)
+    times = grids.uniform(problem, 20)
+    wide, narrow = (
+        rollout(problem, problem.reference, times, Noise(0), ids, solver=solver, dtype=dtype).x
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert narrow.dtype == torch.float32
+    torch.testing.assert_close(narrow.double(), wide, rtol=0, atol=20 * 20 * 1.2e-7 * float(wide.abs().max()))
+
+
+def test_images_are_states_too():
+    """Shape (3, 4, 4): the same numbers as the flattened problem, and every sum runs over all dimensions."""
+
+    def problem(shape):
+        return ScoreAsAction(
+            VPLinear(), lambda t, x, c: -x, lambda x, c: -x.flatten(1).square().sum(1), StandardNormal(shape), shape
+        )
+
+    flat, image = problem((48,)), problem((3, 4, 4))
+    times, ids = grids.uniform(flat, 5), torch.arange(3)
+    paths = [rollout(p, p.reference, times, Noise(0), ids, solver=Heun()) for p in (flat, image)]
+    torch.testing.assert_close(paths[1].x.flatten(2), paths[0].x)
+    costs = [path.at_nodes(lambda t, x, c, p=p: p.running_cost(t, x, 0 * x, p.reference(t, x, c)))
+             for p, path in zip((flat, image), paths, strict=True)]  # fmt: skip
+    torch.testing.assert_close(costs[1], costs[0])
+
+
+@pytest.fixture
+def problem():
+    return catalogue.get("mixture-2d").problem
+
+
+@pytest.mark.parametrize(
+    "times",
+    [
+        torch.tensor([0.0]),
+        torch.tensor([0.0, 0.5, 0.5]),
+        torch.tensor([-0.1, 0.5]),
+        torch.tensor([0.0, 1.5]),
+        torch.zeros(2, 2),
+    ],
+    ids=str,
+)
+def test_times_are_checked(problem, times):
+    with pytest.raises(ValueError, match="times"):
+        rollout(problem, problem.reference, times, Noise(0), torch.arange(2))
+
+
+def test_start_is_checked(problem):
+    with pytest.raises(ValueError, match="start must have shape"):
+        rollout(
+            problem, problem.reference, grids.uniform(problem, 2), Noise(0), torch.arange(2), start=torch.zeros(2, 3)
+        )
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 1), (1, 2), ()], ids=str)
+def test_policy_shape_is_checked(problem, shape):
+    """Each of these would broadcast against (2, 2) states."""
+    with pytest.raises(ValueError, match="policy must return actions of shape"):
+        rollout(problem, lambda t, x, c: torch.zeros(shape), grids.uniform(problem, 2), Noise(0), torch.arange(2))
+
+
+def test_a_state_that_is_not_finite_is_named(problem):
+    """NaN from the policy at t > 0.5 for sample id 7: the step, the time and the sample are named."""
+    ids, times = torch.tensor([5, 7]), grids.uniform(problem, 4)
+
+    def policy(t, x, cond=None):
+        broken = torch.where(t[:, None] > 0.5, torch.nan, 0.0) * torch.tensor([[0.0], [1.0]])
+        return torch.where(torch.tensor([[False], [True]]), broken, torch.zeros(())).expand_as(x)
+
+    with pytest.raises(ValueError, match=r"state x is not finite at step 4 \(t = 0\.999\), sample id 7"):
+        rollout(problem, policy, times, Noise(0), ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("eta", -0.1), ("beta", -1.0), ("gamma", -1.0), ("discount", -1.0), ("s_min", -0.1), ("s_min", 1.0), ("s_max",
+    1.5),
+     ("eta", float("nan"))],
+)  # fmt: skip
+def test_problem_arguments_are_checked(problem, name, value):
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(problem, **{name: value})
+
+
+def test_integrand_shape_is_checked(problem):
+    path = rollout(problem, problem.reference, grids.uniform(problem, 2), Noise(0), torch.arange(2))
+    with pytest.raises(ValueError, match="h must have shape"):
+        path.integrate(torch.zeros(2, 2))
+
+
+@pytest.mark.gpu
+def test_runs_on_a_gpu():
+    entry = catalogue.get("mixture-2d")
+    times = grids.uniform(entry.problem, 10)
+    cpu, gpu = (
+        rollout(
+            entry.problem, entry.problem.reference, times, Noise(0), torch.arange(8, device=d), solver=Heun()
+        ).x.cpu()
+        for d in ("cpu", "cuda")
+    )
+    torch.testing.assert_close(cpu, gpu, rtol=1e-9, atol=1e-9)

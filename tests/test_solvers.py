@@ -1,0 +1,195 @@
+"""Solvers: orders from exact chain moments, strong order on one shared path, and the public samplers they reproduce."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from ctrl import (
+    DDIM,
+    EulerMaruyama,
+    Exact,
+    Exponential,
+    Heun,
+    Multistep2,
+    Noise,
+    ScoreAsAction,
+    StandardNormal,
+    VPTable,
+    fit_order,
+    grids,
+    rollout,
+)  # fmt: skip
+from toy import catalogue
+from toy.chain import chain_moments
+
+STEPS = [40, 80, 160, 320]
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    return catalogue.get("gaussian-1d").exact
+
+
+def moment_errors(p, policy, solver, grid=grids.uniform, steps=STEPS):
+    """Distance of the chain's terminal mean and second moment from the continuous-time ones."""
+    moments, T = p.lq.moments(policy), np.array([p.lq.horizon])
+    mean, var = torch.from_numpy(moments.mean(T)[0]), torch.from_numpy(moments.covariance(T)[0])
+    errors = []
+    for n in steps:
+        chain = chain_moments(p.problem, policy, grid(p.problem, n), solver, p.initial.mean, p.initial.covariance)
+        errors.append(float((chain.mean[-1] - mean).abs().sum() + (chain.covariance[-1] - var).abs().sum()))
+    return errors
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
+@pytest.mark.parametrize(
+    ("solver", "order"), [(EulerMaruyama(), 1), (Exponential(), 1), (Heun(), 2), (Multistep2(), 2)], ids=str
+)
+def test_weak_order(gaussian, solver, order, eta):
+    """Mean and covariance of the law at T, exactly, for a policy that is not the score; gap to the next order is 1."""
+    p = dataclasses.replace(gaussian, eta=eta)
+    grid = grids.log_snr if isinstance(solver, Exponential | Multistep2) else grids.uniform
+    assert fit_order(STEPS, moment_errors(p, p.perturbed(-0.3, 0.6), solver, grid)) == pytest.approx(order, abs=0.1)
+
+
+def test_weak_order_of_ddim(gaussian):
+    """DDIM with ddim_eta = 1 is an order-1 scheme for the SDE with eta = 1."""
+    assert fit_order(STEPS, moment_errors(gaussian, gaussian.perturbed(-0.3, 0.6), DDIM(1.0), grids.log_snr)) == (
+        pytest.approx(1, abs=0.1)
+    )
+
+
+@pytest.mark.parametrize(("solver", "order"), [(EulerMaruyama(), 1), (Heun(), 2)], ids=str)
+def test_weak_order_with_matrices(solver, order):
+    problem = catalogue.get("lq-4d").exact
+    lq, policy = problem.exact, problem.exact.optimal_policy()
+    moments, T = lq.moments(policy), np.array([lq.horizon])
+    errors = []
+    for n in STEPS:
+        chain = chain_moments(problem, policy, grids.uniform(problem, n), solver, problem.mean0, problem.cov0)
+        gap = torch.cat([chain.mean[-1] - torch.from_numpy(moments.mean(T)[0]),
+                         (chain.covariance[-1] - torch.from_numpy(moments.covariance(T)[0])).flatten()])  # fmt: skip
+        errors.append(float(gap.norm()))
+    assert fit_order(STEPS, errors) == pytest.approx(order, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["gaussian-1d", "lq-4d"])
+def test_exact_transitions_have_no_error_at_any_step(name):
+    entry = catalogue.get(name)
+    lq = entry.exact.exact if name == "lq-4d" else entry.exact.lq
+    policy = lq.optimal_policy()
+    law = (torch.from_numpy(lq.mean0), torch.from_numpy(lq.cov0))
+    chain = chain_moments(entry.problem, policy, grids.uniform(entry.problem, 3), Exact(lq.closed_loop(policy)), *law)
+    moments, t = lq.moments(policy), grids.uniform(entry.problem, 3).numpy()
+    torch.testing.assert_close(chain.mean, torch.from_numpy(moments.mean(t)), rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(chain.covariance, torch.from_numpy(moments.covariance(t)), rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("solver", [EulerMaruyama(), Heun(), Exponential()], ids=str)
+def test_strong_order_one_on_a_shared_path(solver):
+    """Root-mean-square distance to a fine solution on the same Brownian path, nonlinear policy; the next strong order
+    is
+    1.5. (2M claims weak order only.)"""
+    problem = dataclasses.replace(catalogue.get("gaussian-1d").problem, s_min=0.05)
+
+    def policy(t, x, cond=None):
+        return problem.reference(t, x) + torch.sin(2 * x) / 2
+
+    ids, steps, fine = torch.arange(300), [128, 256, 512], grids.uniform(problem, 4096)
+    noise = Noise(seed=3, fine=fine)
+    truth = rollout(problem, policy, fine, noise, ids, solver=Heun()).x[-1]
+    errors = []
+    for n in steps:
+        x = rollout(problem, policy, fine[:: 4096 // n], noise, ids, solver=solver).x[-1]
+        errors.append(float((x - truth).square().mean().sqrt()))
+    assert fit_order(steps, errors) == pytest.approx(1, abs=0.1)
+
+
+def test_eta_and_ddim_eta_agree_at_0_and_1_only(gaussian):
+    times = grids.uniform(gaussian.problem, 7)
+    for eta, same in ((0.0, True), (0.6, False), (1.0, True)):
+        problem = dataclasses.replace(gaussian.problem, eta=eta)
+        ours, ddim = Exponential().plan(problem, times), DDIM(eta).plan(problem, times)
+        differences = [abs(a.root.c - b.root.c) + abs(a.from_a - b.from_a) for a, b in zip(ours, ddim, strict=True)]
+        assert (max(differences) < 1e-12) is same
+
+
+def table_problem(score, eta=1.0):
+    return ScoreAsAction(
+        VPTable.scaled_linear(),
+        score,
+        lambda x, c: x.sum(1),
+        StandardNormal((3,)),
+        (3,),
+        eta=eta,
+        s_min=1e-3,
+        s_max=0.951,
+    )
+
+
+def wavy_score(t, x, cond=None):
+    """Any smooth function serves: the comparison is of samplers."""
+    return -x * (0.5 + t[:, None]) + torch.sin(3 * x)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_ddim_reproduces_diffusers(eta):
+    """Same noise, same numbers as diffusers' DDIMScheduler; timestep k sits at s = (k + 1)/1000. Its table is
+    float32."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False
+    )
+    scheduler.set_timesteps(20)
+    problem = table_problem(wavy_score)
+    s = (scheduler.timesteps.double() + 1) / 1000
+    path = rollout(problem, wavy_score, problem.s_max - s, Noise(5), torch.arange(4), solver=DDIM(eta))
+    x = path.x[0]
+    for k, timestep in enumerate(scheduler.timesteps[:-1]):
+        t = (problem.s_max - s[k]).expand(4)
+        eps = -problem.noising.sigma(s[k]) * wavy_score(t, x)
+        noise = path.xi[k] if eta else None
+        x = scheduler.step(eps, timestep, x, eta=eta, variance_noise=noise).prev_sample
+        torch.testing.assert_close(path.x[k + 1], x, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers on numpy 2
+@pytest.mark.parametrize(("algorithm", "eta"), [("sde-dpmsolver++", 1.0), ("dpmsolver++", 0.0)])
+def test_multistep_reproduces_diffusers(algorithm, eta):
+    """2M is diffusers' DPMSolverMultistepScheduler (second order, midpoint) at eta = 1 and eta = 0."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", algorithm_type=algorithm, solver_order=2,
+        timestep_spacing="leading", final_sigmas_type="sigma_min", lower_order_final=False,
+    )  # fmt: skip
+    scheduler.set_timesteps(19)
+    s = (scheduler.timesteps.double() + 1) / 1000
+    problem = dataclasses.replace(table_problem(wavy_score, eta), s_max=float(s[0]))
+    path = rollout(problem, wavy_score, problem.s_max - s, Noise(5), torch.arange(4), solver=Multistep2())
+    x = path.x[0]
+    for k, timestep in enumerate(scheduler.timesteps[:-1]):
+        eps = -problem.noising.sigma(s[k]) * wavy_score((problem.s_max - s[k]).expand(4), x)
+        x = scheduler.step(eps, timestep, x, variance_noise=path.xi[k] if eta else None).prev_sample
+        torch.testing.assert_close(path.x[k + 1], x, rtol=5e-5, atol=5e-5)
+
+
+def test_exponential_solvers_need_a_diffusion():
+    problem = catalogue.get("lq-1d").problem
+    with pytest.raises(ValueError, match="ScoreAsAction"):
+        Exponential().plan(problem, grids.uniform(problem, 4))
+
+
+def test_multistep_needs_finite_log_snr(gaussian):
+    problem = dataclasses.replace(gaussian.problem, s_min=0.0)
+    with pytest.raises(ValueError, match="s_min"):
+        Multistep2().plan(problem, grids.uniform(problem, 4))
+
+
+@pytest.mark.parametrize("ddim_eta", [-0.1, 1.1])
+def test_ddim_eta_range(ddim_eta):
+    with pytest.raises(ValueError, match="ddim_eta"):
+        DDIM(ddim_eta)

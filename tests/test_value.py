@@ -1,0 +1,213 @@
+"""Critics: the structured critic of arXiv 2502.01819, and gradients by autograd against hand derivatives."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ctrl import (
+    COSINE,
+    LINEAR,
+    VE,
+    Critic,
+    RectifiedFlow,
+    ScoreAsAction,
+    StandardNormal,
+    StructuredCritic,
+    VPLinear,
+    VPTable,
+)
+
+M, C = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64), 0.7
+"""Data N(M, C 1) before any noise."""
+K = 0.8
+H = torch.tensor([1.0, -0.3, 0.4], dtype=torch.float64)
+NOISINGS = {"vp": VPLinear(), "table": VPTable.scaled_linear(), "ve": VE(0.01, 3.0), "rectified": RectifiedFlow()}
+every = pytest.mark.parametrize("noising", NOISINGS.values(), ids=NOISINGS.keys())
+
+
+def reward(x, cond):
+    """-½ K |x|² + <H, x>, plus cond."""
+    return -K / 2 * x.square().sum(1) + x @ H.to(x) + (0 if cond is None else cond)
+
+
+def network(t, x, cond):
+    """F = t <H, x> + |x|²/4 + 2, plus cond."""
+    return t * (x @ H.to(x)) + x.square().sum(1) / 4 + 2 + (0 if cond is None else cond)
+
+
+def problem(noising, reward=reward, s_min=0.01, s_max=0.95):
+    def column(h, t):
+        return h((s_max - t).clamp(min=s_min))[:, None]
+
+    def score(t, x, cond):
+        alpha, sigma = column(noising.alpha, t), column(noising.sigma, t)
+        return -(x - alpha.to(x) * M.to(x)) / (alpha**2 * C + sigma**2).to(x)
+
+    return ScoreAsAction(noising, score, reward, StandardNormal((3,)), (3,), s_min=s_min, s_max=s_max)
+
+
+def states(n=5, seed=0):
+    return torch.randn(n, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def close(a, b, rtol=1e-10, atol=1e-10):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+@every
+@pytest.mark.parametrize("skip", [COSINE, LINEAR])
+@pytest.mark.parametrize("s_min", [0.0, 0.01])
+def test_at_the_data_end_it_is_the_reward(noising, skip, s_min):
+    """V(T, x) = r(x), the clean end included: there x0hat = x, c_skip = 1 and c_out = 0."""
+    p, x = problem(noising, s_min=s_min), states()
+    critic, T = StructuredCritic(p, network, skip), torch.full((5,), p.horizon)
+    close(critic.value(T, x), reward(x, None), 1e-12, 1e-12)
+    close(critic.grad(T, x), -K * x + H, 1e-12, 1e-12)
+    close(critic.value(T, x, 0.3), reward(x, 0.3), 1e-12, 1e-12)
+
+
+@every
+@pytest.mark.parametrize("skip", [COSINE, LINEAR])
+def test_at_the_start_it_is_the_network(noising, skip):
+    """c_skip = 0 and c_out = 1 at t = 0."""
+    critic, x, t = StructuredCritic(problem(noising), network, skip), states(), torch.zeros(5)
+    close(critic.value(t, x), network(t, x, None))
+    close(critic.grad(t, x), x / 2)
+    close(critic.value(t, x, 0.3), network(t, x, 0.3))
+
+
+@every
+@pytest.mark.parametrize("skip", ["cosine", "linear"])
+def test_value_and_gradient_by_hand(noising, skip):
+    """X_{s_min} given X_s for Gaussian data is affine, x0hat = m_0 + A (x - alpha M), A = (alpha/alpha_0) C_0/C_s, so
+
+    V = c_skip r(x0hat) + c_out F,   grad V = c_skip A (H - K x0hat) + c_out (t H + x/2).
+    """
+    p, x = problem(noising), states()
+    t = torch.tensor([0.01, 0.2, 0.5, 0.8, 0.93])
+    s, s0 = 0.95 - t, torch.tensor(0.01)
+    alpha, alpha0 = noising.alpha(s), noising.alpha(s0)
+    C_s, C_0 = alpha**2 * C + noising.sigma(s) ** 2, alpha0**2 * C + noising.sigma(s0) ** 2
+    A = (alpha / alpha0 * C_0 / C_s)[:, None]
+    x0hat = alpha0 * M + A * (x - alpha[:, None] * M)
+    u = 1 - t / 0.94
+    c_skip, c_out = (torch.cos(math.pi * u / 2), torch.sin(math.pi * u / 2)) if skip == "cosine" else (1 - u, u)
+    critic = StructuredCritic(p, network, COSINE if skip == "cosine" else LINEAR)
+    close(critic.value(t, x), c_skip * reward(x0hat, None) + c_out * network(t, x, None), 1e-9, 1e-9)
+    by_hand = c_skip[:, None] * A * (H - K * x0hat) + c_out[:, None] * (t[:, None] * H + x / 2)
+    close(critic.grad(t, x), by_hand, 1e-9, 1e-9)
+
+
+def test_default_pair_is_the_papers():
+    """c_skip = cos(pi u/2), c_out = sin(pi u/2)."""
+    assert StructuredCritic(problem(VPLinear()), network).skip is COSINE
+
+
+class Quadratic(Critic):
+    """V = t |x|²/2."""
+
+    def value(self, t, x, cond=None):
+        return t * x.flatten(1).square().sum(1) / 2
+
+
+class Frozen(Critic):
+    def value(self, t, x, cond=None):
+        return x.detach().sum(1)
+
+
+@given(st.integers(0, 2**31), st.sampled_from([(3,), (2, 2), (1, 2, 3)]))
+def test_grad_is_row_by_row(seed, shape):
+    """grad V = t x, and V of one row does not leak into another."""
+    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    t = torch.tensor([0.0, 0.3, 1.0, 2.0])
+    close(Quadratic().grad(t, x), t.reshape(-1, *[1] * len(shape)) * x)
+
+
+@pytest.mark.parametrize("critic", [Quadratic(), StructuredCritic(problem(VPLinear()), network)])
+def test_grad_leaves_no_trace(critic):
+    """No graph, no requires_grad on inputs or result, nothing on a graph already there; no_grad does not stop it."""
+    t, x = torch.full((5,), 0.4), states()
+    truth = critic.grad(t, x)
+    assert not truth.requires_grad and not x.requires_grad and not t.requires_grad
+    with torch.no_grad():
+        assert torch.equal(critic.grad(t, x), truth)
+        assert not torch.is_grad_enabled()
+    leaf = x.clone().requires_grad_()
+    assert torch.equal(critic.grad(t, leaf * 1), truth)
+    assert leaf.grad is None
+
+
+def test_grad_of_a_network_leaves_its_parameters_alone():
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1)
+    critic = StructuredCritic(problem(VPLinear()), lambda t, x, cond: net(x)[:, 0])
+    critic.grad(torch.zeros(5), states())
+    assert all(w.grad is None for w in net.parameters())
+    close(critic.grad(torch.zeros(5), states()), net.weight.detach().expand(5, 3))
+
+
+BLACK_BOXES = {
+    "detached": lambda x, cond: reward(x.detach(), cond),
+    "elsewhere": lambda x, cond: torch.tensor([-K / 2 * sum(v * v for v in row) for row in x.tolist()]),
+}
+
+
+@pytest.mark.parametrize("black_box", BLACK_BOXES.values(), ids=BLACK_BOXES.keys())
+@pytest.mark.parametrize("t", [0.0, 0.4, 0.94])
+def test_a_reward_without_gradient_makes_grad_raise(black_box, t):
+    """Whatever the network, a gradient without c_skip grad r(x0hat) is not that of V; the value is fine."""
+    p = problem(VPLinear(), black_box)
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1)
+    for F in (
+        network,
+        lambda t, x, cond: torch.zeros(len(x)),
+        lambda t, x, cond: net(x)[:, 0],
+        lambda t, x, cond: net(x.detach())[:, 0],
+    ):
+        critic, at = StructuredCritic(p, F), torch.full((5,), t)
+        assert critic.value(at, states()).shape == (5,)
+        with pytest.raises(ValueError, match="not differentiable"):
+            critic.grad(at, states())
+
+
+def test_a_black_box_reward_does_not_stop_the_critics_own_fit():
+    """The gradient of V in the network's parameters needs no gradient of the reward, nor one in x."""
+    torch.manual_seed(0)
+    net = torch.nn.Linear(3, 1)
+    p = problem(VPLinear(), BLACK_BOXES["elsewhere"])
+    learned = replace(p, reference_score=lambda t, x, cond: p.reference(t, x, cond) + net(x))
+    critic = StructuredCritic(learned, lambda t, x, cond: net(x)[:, 0])
+    critic.value(torch.zeros(5), states()).sum().backward()
+    close(net.weight.grad, states().sum(0, keepdim=True))
+    with torch.no_grad():
+        assert critic.value(torch.zeros(5), states().requires_grad_()).shape == (5,)
+
+
+def test_a_value_without_gradient_makes_grad_raise():
+    """Also where parameters alone carry a graph."""
+    with pytest.raises(ValueError, match="Frozen is not differentiable in x"):
+        Frozen().grad(torch.zeros(5), states())
+    weight = torch.ones((), requires_grad=True)
+
+    class Weighted(Critic):
+        def value(self, t, x, cond=None):
+            return weight * x.detach().sum(1)
+
+    with pytest.raises(ValueError, match="Weighted is not differentiable in x"):
+        Weighted().grad(torch.zeros(5), states())
+
+
+@every
+def test_float32_states(noising):
+    """float64 times and float32 states give a float32 value and gradient, close to float64's."""
+    critic, x, t = StructuredCritic(problem(noising), network), states(), torch.full((5,), 0.5)
+    with_float32 = critic.value(t, x.float()), critic.grad(t, x.float())
+    assert with_float32[1].dtype == torch.float32
+    assert StructuredCritic(problem(noising), lambda t, x, c: x.sum(1)).value(t, x.float()).dtype == torch.float32
+    close(with_float32[0].double(), critic.value(t, x), 1e-5, 1e-5)
+    close(with_float32[1].double(), critic.grad(t, x), 1e-5, 1e-5)
