@@ -176,7 +176,7 @@ class VPTable(VP):
     betas: Sequence[float]
     s_max: float = field(init=False)
     _G: Tensor = field(init=False, repr=False, compare=False)
-    _slope: Tensor = field(init=False, repr=False, compare=False)
+    _cells: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         from scipy.interpolate import PchipInterpolator  # only here: a table is read once
@@ -188,33 +188,25 @@ class VPTable(VP):
             raise ValueError("betas may reach 1 (zero signal) only at the last entry")
         G = torch.cat([torch.zeros(1, dtype=torch.float64), -torch.log1p(-betas).cumsum(0)])
         G = G[torch.isfinite(G)]
-        nodes = torch.arange(len(G), dtype=torch.float64) / len(betas)
-        slope = torch.from_numpy(PchipInterpolator(nodes.numpy(), G.numpy()).derivative()(nodes.numpy()))
+        cells = PchipInterpolator(torch.arange(len(G)).numpy(), G.numpy()).c
         object.__setattr__(self, "betas", tuple(betas.tolist()))
-        object.__setattr__(self, "s_max", float(nodes[-1]))
+        object.__setattr__(self, "s_max", (len(G) - 1) / len(betas))
         object.__setattr__(self, "_G", G)
-        object.__setattr__(self, "_slope", slope)
+        object.__setattr__(self, "_cells", torch.from_numpy(cells[::-1].T.copy()))
 
     @staticmethod
     def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VPTable:
         """Stable Diffusion's table: sqrt(beta) linear in k (Rombach et al. 2022, arXiv 2112.10752)."""
         return VPTable(torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64).square().tolist())
 
-    def _cell(self, s: Tensor, nodes: Tensor) -> Tensor:
-        last = len(self._G) - 2
-        return (torch.searchsorted(nodes, s.contiguous(), right=True) - 1).clamp(0, last)
-
     def _cubic(self, i: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-        """G and dG/du at the fraction u of cell i (cubic Hermite form)."""
-        G, m = self._G.to(u.device), self._slope.to(u.device) / len(self.betas)
-        # differences before rounding to the dtype of u: a cell's rise is a small part of G
-        p0, rise, m0, m1 = (c.to(u.dtype) for c in (G[i], G[i + 1] - G[i], m[i], m[i + 1]))
-        c2, c3 = 3 * rise - 2 * m0 - m1, m0 + m1 - 2 * rise
-        return p0 + u * (m0 + u * (c2 + u * c3)), m0 + u * (2 * c2 + u * 3 * c3)
+        """G and dG/du at the fraction u of cell i."""
+        c0, c1, c2, c3 = self._cells.to(u.device)[i].to(u.dtype).unbind(-1)
+        return c0 + u * (c1 + u * (c2 + u * c3)), c1 + u * (2 * c2 + u * 3 * c3)
 
     def _at(self, s: Tensor) -> tuple[Tensor, Tensor]:
         x = s * len(self.betas)
-        i = x.floor().long().clamp(0, len(self._G) - 2)
+        i = x.floor().long().clamp(0, len(self._cells) - 1)
         return self._cubic(i, x - i)
 
     def int_g2(self, s: Tensor) -> Tensor:
@@ -225,7 +217,7 @@ class VPTable(VP):
 
     def s_of_int_g2(self, G: Tensor) -> Tensor:
         nodes = self._G.to(G)
-        i = self._cell(G, nodes)
+        i = (torch.searchsorted(nodes, G.contiguous(), right=True) - 1).clamp(0, len(self._cells) - 1)
         low, high = torch.zeros_like(G), torch.ones_like(G)
         u = (G - nodes[i]) / (nodes[i + 1] - nodes[i])
         for _ in range(60):  # Newton kept inside a bracket: the cubic is monotone in its cell

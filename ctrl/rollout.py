@@ -13,7 +13,7 @@ from ctrl.gaussian import Gaussian, Mean
 from ctrl.linop import LinOp, Scalar
 from ctrl.noise import ACTION, Noise
 from ctrl.problem import Problem
-from ctrl.solvers import EulerMaruyama, Solver, held
+from ctrl.solvers import Act, EulerMaruyama, Solver, held
 
 _EULER = EulerMaruyama()
 
@@ -94,7 +94,7 @@ def rollout(
         a = policy(batch_times[k], x, cond)
         if k == 0:
             _check_action(problem, times[0], x, a)
-        stage = act
+        stage: Act = act
         if spread is not None:
             a = Gaussian(a, spread(times[k])).sample(noise.normal(ids, a.shape[1:], ACTION, k).to(dtype))
             stage = held(a)

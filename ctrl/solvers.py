@@ -224,7 +224,9 @@ class Multistep2(GaussianStep):
             extrapolate,
             sigma[1:] * (-torch.expm1(-noise)).sqrt(),
         )
-        return [_MultistepStep(*row, Scalar(w)) for *row, w in torch.stack(columns, 1).tolist()]
+        return [
+            _MultistepStep(x, a, kept, x0, e, Scalar(w)) for x, a, kept, x0, e, w in torch.stack(columns, 1).tolist()
+        ]
 
     def transition(
         self, problem: Problem, c: _MultistepStep, x: Tensor, a: Tensor, memory: Tensor | None

@@ -152,11 +152,11 @@ def J_forward(lq, policy):
 
     def rate(s):
         t = np.array([s])
-        (m, M), Sigma, R = second(t), policy.Sigma(t)[0], lq.R(t)[0]
-        K, k = policy.K(t)[0] - lq.K_ref(t)[0], policy.k(t)[0] - lq.k_ref(t)[0]
+        (m, M), Sigma, c = second(t), policy.Sigma(t)[0], lq.at(t)[0]
+        K, k, R = policy.K(t)[0] - c.K_ref, policy.k(t)[0] - c.k_ref, c.R
         action = np.trace(R @ (K @ M @ K.T + np.outer(K @ m, k) + np.outer(k, K @ m) + np.outer(k, k) + Sigma))
         entropy = (len(R) * np.log(2 * np.pi * np.e) + np.linalg.slogdet(Sigma)[1]) / 2
-        return np.exp(-lq.discount * s) * ((np.trace(lq.Q(t)[0] @ M) + action) / 2 - lq.gamma * entropy)
+        return np.exp(-lq.discount * s) * ((np.trace(c.Q @ M) + action) / 2 - lq.gamma * entropy)
 
     m, M = second(np.array([lq.horizon]))
     end = np.exp(-lq.discount * lq.horizon) * (-np.trace(lq.G @ M) / 2 + lq.h @ m + lq.r0)

@@ -35,7 +35,7 @@ from toy.lq import LinearPolicy
 
 def shifted(p, delta):
     """s_ref + delta."""
-    return LinearPolicy(K=p.lq.K_ref, k=lambda t: p.lq.k_ref(t) + delta)
+    return LinearPolicy(K=p.lq.reference.K, k=lambda t: p.lq.reference.k(t) + delta)
 
 
 @settings(max_examples=10)
@@ -107,11 +107,11 @@ def test_kl_does_not_depend_on_the_parametrisation_of_time(eta):
 
         def K(t, p=p, parts=parts):  # eps_theta - eps_ref = sin(lambda) y/alpha + cos(lambda)/2; score = -eps/sigma
             alpha, sigma, lam = parts(t)
-            return p.lq.K_ref(t) - (np.sin(lam) / alpha / sigma)[:, None, None]
+            return p.lq.reference.K(t) - (np.sin(lam) / alpha / sigma)[:, None, None]
 
         def k(t, p=p, parts=parts):
             _, sigma, lam = parts(t)
-            return p.lq.k_ref(t) - (np.cos(lam) / 2 / sigma)[:, None]
+            return p.lq.reference.k(t) - (np.cos(lam) / 2 / sigma)[:, None]
 
         kls.append(p.lq.path_kl(LinearPolicy(K, k)))
     assert kls == pytest.approx([kls[0]] * 4, rel=1e-8)

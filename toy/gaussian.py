@@ -31,7 +31,7 @@ from ctrl.noise import INITIAL, Noise
 from ctrl.noising import Noising
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
-from toy.lq import LQ, Array, LinearPolicy
+from toy.lq import LQ, Array, Coefficients, LinearPolicy
 
 
 @dataclass(frozen=True)
@@ -185,42 +185,39 @@ class GaussianDiffusion:
     @cached_property
     def lq(self) -> LQ:
         """The same problem as linear-quadratic control in matrices."""
-        d, identity, U = len(self.mu), np.eye(len(self.mu)), self.axes[1]
+        U, mu, eta2 = self.axes[1], self.mu @ self.axes[1], self.eta**2
 
-        def at(t: Array) -> Tensor:
-            return torch.from_numpy(np.clip(self.s_max - t, self.s_min, self.s_max))
+        def at(t: Array) -> Coefficients:
+            s = torch.from_numpy(np.clip(self.s_max - t, self.s_min, self.s_max))
+            alpha, v = self.variances(s)
+            g2 = self.noising.g2(s).numpy()[:, None, None] * np.eye(len(mu))
+            return Coefficients(
+                A=-self.noising.f(s).numpy()[:, None, None] * np.eye(len(mu)),
+                B=(1 + eta2) / 2 * g2,
+                d=np.zeros((len(t), len(mu))),
+                SS=eta2 * g2,
+                Q=0 * g2,
+                R=self.beta * (1 + eta2) ** 2 / (4 * eta2) * g2 if eta2 else np.full_like(g2, np.inf),
+                K_ref=(-(U / v[:, None, :]) @ U.mT).numpy(),
+                k_ref=((alpha * mu / v) @ U.mT).numpy(),
+            )
 
-        def times_identity(c: Tensor) -> Array:
-            return c.numpy()[:, None, None] * identity
-
-        def R(t: Array) -> Array:
-            self._check_noise()
-            return times_identity(self.beta * (1 + eta2) ** 2 / (4 * eta2) * g2(at(t)))
-
-        def K_ref(t: Array) -> Array:
-            return (-(U / self.variances(at(t))[1][:, None, :]) @ U.mT).numpy()
-
-        def k_ref(t: Array) -> Array:
-            alpha, v = self.variances(at(t))
-            return ((alpha * (self.mu @ U) / v) @ U.mT).numpy()
-
-        eta2, g2, start = self.eta**2, self.noising.g2, self.initial
+        start = self.initial
         return LQ(
-            A=lambda t: times_identity(-self.noising.f(at(t))),
-            B=lambda t: times_identity((1 + eta2) / 2 * g2(at(t))),
-            d=lambda t: np.zeros((len(t), d)),
-            SS=lambda t: times_identity(eta2 * g2(at(t))),
-            Q=lambda t: np.zeros((len(t), d, d)),
-            R=R, K_ref=K_ref, k_ref=k_ref, G=self.reward.G.numpy(), h=self.reward.h.numpy(), r0=self.reward.r0,
-            mean0=start.mean.numpy(), cov0=start.covariance.numpy(), horizon=self.s_max - self.s_min,
-        )  # fmt: skip
+            at,
+            G=self.reward.G.numpy(),
+            h=self.reward.h.numpy(),
+            r0=self.reward.r0,
+            mean0=start.mean.numpy(),
+            cov0=start.covariance.numpy(),
+            horizon=self.s_max - self.s_min,
+        )
 
     def perturbed(self, K: float, k: float) -> LinearPolicy:
         """A policy that is not optimal: s_ref + K (t/T) x + k, for checks of estimators."""
-        lq, identity = self.lq, np.eye(len(self.mu))
+        reference, T, identity = self.lq.reference, self.lq.horizon, np.eye(len(self.mu))
         return LinearPolicy(
-            K=lambda t: lq.K_ref(t) + K * (t / lq.horizon)[:, None, None] * identity,
-            k=lambda t: lq.k_ref(t) + k,
+            K=lambda t: reference.K(t) + K * (t / T)[:, None, None] * identity, k=lambda t: reference.k(t) + k
         )
 
 

@@ -102,19 +102,28 @@ class Moments:
 
 
 @dataclass(frozen=True)
-class LQ:
-    """The coefficients of a linear-quadratic problem; n states, m actions. mean0, cov0: the initial law N(mean0,
-    cov0)."""
+class Coefficients:
+    """The problem's matrices at times t (n,): each is (n, ...), and c[i] gives those at t_i."""
 
-    A: Coefficient
-    B: Coefficient
-    d: Coefficient
-    SS: Coefficient
+    A: Array
+    B: Array
+    d: Array
+    SS: Array
     """S S'."""
-    Q: Coefficient
-    R: Coefficient
-    K_ref: Coefficient
-    k_ref: Coefficient
+    Q: Array
+    R: Array
+    K_ref: Array
+    k_ref: Array
+
+    def __getitem__(self, i: int) -> Coefficients:
+        return Coefficients(*(getattr(self, f.name)[i] for f in dataclasses.fields(self)))
+
+
+@dataclass(frozen=True)
+class LQ:
+    """A linear-quadratic problem: coefficients `at` times (n,), terminal reward, initial law N(mean0, cov0)."""
+
+    at: Callable[[Array], Coefficients]
     G: Array
     h: Array
     mean0: Array
@@ -127,12 +136,12 @@ class LQ:
     @property
     def reference(self) -> LinearPolicy:
         """a_ref."""
-        return LinearPolicy(self.K_ref, self.k_ref)
+        return LinearPolicy(lambda t: self.at(t).K_ref, lambda t: self.at(t).k_ref)
 
     def value(self, policy: LinearPolicy) -> QuadraticValue:
         """V of a policy: the linear (Lyapunov) system."""
 
-        def gains(t: Array, P: Array, p: Array) -> tuple[Array, Array, Array | None]:
+        def gains(t: Array, c: Coefficients, P: Array, p: Array) -> tuple[Array, Array, Array | None]:
             Sigma = None if policy.Sigma is None else policy.Sigma(t)[0]
             return policy.K(t)[0], policy.k(t)[0], Sigma
 
@@ -141,44 +150,49 @@ class LQ:
     def optimal_value(self) -> QuadraticValue:
         """V*: the same system under the policy that is greedy for it, which makes it the Riccati equation."""
 
-        def gains(t: Array, P: Array, p: Array) -> tuple[Array, Array, Array | None]:
-            B, R_inv = self.B(t)[0], np.linalg.inv(self.R(t)[0])
+        def gains(t: Array, c: Coefficients, P: Array, p: Array) -> tuple[Array, Array, Array | None]:
+            R_inv = np.linalg.inv(c.R)
             Sigma = self.gamma * R_inv if self.gamma > 0 else None
-            return self.K_ref(t)[0] - R_inv @ B.T @ P, self.k_ref(t)[0] + R_inv @ B.T @ p, Sigma
+            return c.K_ref - R_inv @ c.B.T @ P, c.k_ref + R_inv @ c.B.T @ p, Sigma
 
         return self._solve(gains)
 
     def greedy(self, value: QuadraticValue) -> LinearPolicy:
         """N(a_ref + R^-1 B' grad V, gamma R^-1): a step of policy iteration (Newton-Kleinman)."""
 
-        def gain(t: Array) -> Array:
-            return np.linalg.solve(self.R(t), self.B(t).swapaxes(1, 2))
+        def K(t: Array) -> Array:
+            c = self.at(t)
+            return c.K_ref - np.linalg.solve(c.R, c.B.swapaxes(1, 2) @ value.P(t))
 
-        return LinearPolicy(
-            K=lambda t: self.K_ref(t) - gain(t) @ value.P(t),
-            k=lambda t: self.k_ref(t) + (gain(t) @ value.p(t)[..., None])[..., 0],
-            Sigma=(lambda t: self.gamma * np.linalg.inv(self.R(t))) if self.gamma > 0 else None,
-        )
+        def k(t: Array) -> Array:
+            c = self.at(t)
+            return c.k_ref + np.linalg.solve(c.R, c.B.swapaxes(1, 2) @ value.p(t)[..., None])[..., 0]
+
+        return LinearPolicy(K, k, (lambda t: self.gamma * np.linalg.inv(self.at(t).R)) if self.gamma > 0 else None)
 
     def optimal_policy(self) -> LinearPolicy:
         """pi*."""
         return self.greedy(self.optimal_value())
 
-    def _solve(self, gains: Callable[[Array, Array, Array], tuple[Array, Array, Array | None]]) -> QuadraticValue:
+    def _solve(
+        self, gains: Callable[[Array, Coefficients, Array, Array], tuple[Array, Array, Array | None]]
+    ) -> QuadraticValue:
+        if not np.isfinite(self.at(np.zeros(1)).R).all():
+            raise ValueError("R is infinite, because eta = 0 is an ODE: neither path KL nor V exists; take eta > 0")
         n, T = len(self.h), self.horizon
 
         def backward(tau: float, y: Array) -> Array:
             t = np.array([T - tau])
-            P, p, z = y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
-            K, k, Sigma = gains(t, P, p)
-            B, R, dK, dk = self.B(t)[0], self.R(t)[0], K - self.K_ref(t)[0], k - self.k_ref(t)[0]
-            A, d = self.A(t)[0] + B @ K, self.d(t)[0] + B @ k
-            P_dot = P @ A + A.T @ P + self.Q(t)[0] + dK.T @ R @ dK - self.discount * P
-            p_dot = A.T @ p - P @ d - dK.T @ R @ dk - self.discount * p
-            z_dot = p @ d - np.trace(self.SS(t)[0] @ P) / 2 - dk @ R @ dk / 2 - self.discount * z
+            c, P, p, z = self.at(t)[0], y[: n * n].reshape(n, n), y[n * n : -1], y[-1]
+            K, k, Sigma = gains(t, c, P, p)
+            dK, dk = K - c.K_ref, k - c.k_ref
+            A, d = c.A + c.B @ K, c.d + c.B @ k
+            P_dot = P @ A + A.T @ P + c.Q + dK.T @ c.R @ dK - self.discount * P
+            p_dot = A.T @ p - P @ d - dK.T @ c.R @ dk - self.discount * p
+            z_dot = p @ d - np.trace(c.SS @ P) / 2 - dk @ c.R @ dk / 2 - self.discount * z
             if Sigma is not None:
-                entropy = (len(R) * np.log(2 * np.pi * np.e) + np.linalg.slogdet(Sigma)[1]) / 2
-                z_dot += self.gamma * entropy - np.trace(R @ Sigma) / 2
+                entropy = (len(c.R) * np.log(2 * np.pi * np.e) + np.linalg.slogdet(Sigma)[1]) / 2
+                z_dot += self.gamma * entropy - np.trace(c.R @ Sigma) / 2
             return np.concatenate([P_dot.ravel(), p_dot, [z_dot]])
 
         start = np.concatenate([self.G.ravel(), self.h, [self.r0]])
@@ -196,15 +210,16 @@ class LQ:
         def forward(t_: float, y: Array) -> Array:
             t = np.array([t_])
             m, C = y[:n], y[n:].reshape(n, n)
-            A, d = self._closed_loop(policy, t)
-            return np.concatenate([A @ m + d, (A @ C + C @ A.T + self.SS(t)[0]).ravel()])
+            A, d, SS = self._closed_loop(policy, t)
+            return np.concatenate([A @ m + d, (A @ C + C @ A.T + SS).ravel()])
 
         solution = _integrate(forward, self.horizon, np.concatenate([self.mean0, self.cov0.ravel()]))
         return Moments(mean=lambda t: solution(t)[:, :n], covariance=lambda t: solution(t)[:, n:].reshape(-1, n, n))
 
-    def _closed_loop(self, policy: LinearPolicy, t: Array) -> tuple[Array, Array]:
-        B = self.B(t)[0]
-        return self.A(t)[0] + B @ policy.K(t)[0], self.d(t)[0] + B @ policy.k(t)[0]
+    def _closed_loop(self, policy: LinearPolicy, t: Array) -> tuple[Array, Array, Array]:
+        """A + BK, d + Bk, SS' at one time."""
+        c = self.at(t)[0]
+        return c.A + c.B @ policy.K(t)[0], c.d + c.B @ policy.k(t)[0], c.SS
 
     def J(self, policy: LinearPolicy) -> float:
         """J = E V(0, X_0)."""
@@ -221,14 +236,11 @@ class LQ:
     def kl_problem(self) -> LQ:
         """The problem with no reward and R = (S^-1 B)'(S^-1 B), whose -J is the path KL."""
 
-        def R(t: Array) -> Array:
-            B = self.B(t)
-            return B.swapaxes(1, 2) @ np.linalg.solve(self.SS(t), B)
+        def at(t: Array) -> Coefficients:
+            c = self.at(t)
+            return dataclasses.replace(c, Q=0 * c.Q, R=c.B.swapaxes(1, 2) @ np.linalg.solve(c.SS, c.B))
 
-        zero = np.zeros_like(self.G)
-        return dataclasses.replace(
-            self, Q=constant(zero), R=R, G=zero, h=np.zeros_like(self.h), r0=0.0, gamma=0.0, discount=0.0
-        )
+        return dataclasses.replace(self, at=at, G=0 * self.G, h=0 * self.h, r0=0.0, gamma=0.0, discount=0.0)
 
     def grad_J(self, policy: LinearPolicy, features: LinearPolicy) -> Array:
         """dJ/dtheta_j of the policy a + theta_j phi_j at theta = 0, (J,), by the continuous-time policy gradient
@@ -241,9 +253,9 @@ class LQ:
 
         def density(t_: float) -> Array:
             t = np.array([t_])
-            P, p, B, R = value.P(t)[0], value.p(t)[0], self.B(t)[0], self.R(t)[0]
-            M = -B.T @ P - R @ (policy.K(t)[0] - self.K_ref(t)[0])
-            n = B.T @ p - R @ (policy.k(t)[0] - self.k_ref(t)[0])
+            c = self.at(t)[0]
+            M = -c.B.T @ value.P(t)[0] - c.R @ (policy.K(t)[0] - c.K_ref)
+            n = c.B.T @ value.p(t)[0] - c.R @ (policy.k(t)[0] - c.k_ref)
             m, C = moments.mean(t)[0], moments.covariance(t)[0]
             w = M @ m + n  # E of the bracket, and below E[bracket x']
             wx = M @ C + np.outer(w, m)
@@ -258,9 +270,9 @@ class LQ:
 
         def forward(t_: float, y: Array) -> Array:
             t = np.array([t_])
-            A, d = self._closed_loop(policy, t)
+            A, d, SS = self._closed_loop(policy, t)
             phi, b, C = y[: n * n].reshape(n, n), y[n * n : n * n + n], y[n * n + n :].reshape(n, n)
-            return np.concatenate([(A @ phi).ravel(), A @ b + d, (A @ C + C @ A.T + self.SS(t)[0]).ravel()])
+            return np.concatenate([(A @ phi).ravel(), A @ b + d, (A @ C + C @ A.T + SS).ravel()])
 
         def between(t0: float, t1: float) -> LinearStep:
             start = np.concatenate([np.eye(n).ravel(), np.zeros(n), np.zeros(n * n)])
@@ -336,12 +348,19 @@ class LQProblem(Problem):
         """The exact answers."""
         a = {name: getattr(self, name).double().numpy() for name in ("A", "B", "S", "R", "Q", "G", "h", "d")}
         m = self.B.shape[1]
+        fixed = Coefficients(
+            a["A"], a["B"], a["d"], a["S"] @ a["S"].T, a["Q"], a["R"], np.zeros((m, len(a["A"]))), np.zeros(m)
+        )
         return LQ(
-            A=constant(a["A"]), B=constant(a["B"]), d=constant(a["d"]), SS=constant(a["S"] @ a["S"].T),
-            Q=constant(a["Q"]), R=constant(a["R"]), K_ref=constant(np.zeros((m, len(a["A"])))),
-            k_ref=constant(np.zeros(m)), G=a["G"], h=a["h"], mean0=self.mean0.double().numpy(),
-            cov0=self.cov0.double().numpy(), horizon=self.horizon, gamma=self.gamma, discount=self.discount,
-        )  # fmt: skip
+            at=lambda t: Coefficients(*(constant(getattr(fixed, f.name))(t) for f in dataclasses.fields(fixed))),
+            G=a["G"],
+            h=a["h"],
+            mean0=self.mean0.double().numpy(),
+            cov0=self.cov0.double().numpy(),
+            horizon=self.horizon,
+            gamma=self.gamma,
+            discount=self.discount,
+        )
 
     def initial(self, noise: Noise, ids: Tensor, cond: Any = None) -> Tensor:
         root = Matrix(cholesky(self.cov0, "cov0").to(ids.device))
