@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import discretization_error, report, rollout
-from ctrl import EulerMaruyama, chain_kl, grids
+from ctrl import EulerMaruyama, Exponential, chain_kl, grids
 from toy.chain import chain_moments
 
 HEAD = ["name", "command", "seed", "versions", "device", "seconds", "rows"]
@@ -53,8 +53,8 @@ def test_calls_are_equal_and_steps_are_not(errors):
 def test_orders(grid, solver, order):
     """Of KL, the solver's weak order with its own quadrature; the gap to the next order is 1."""
     case = discretization_error.Case.of("gaussian-1d")
-    rows = discretization_error.series(case, solver, grid, [80, 160, 320])
-    assert pick(rows, panel="kl", solver=solver)[-1]["order"] == pytest.approx(order, abs=0.1)
+    rows = discretization_error.series(case, solver, grid, [40, 80, 160])
+    assert pick(rows, panel="kl", solver=solver)[-1]["order"] == pytest.approx(order, abs=0.15)
 
 
 def test_no_order_is_fitted_to_a_bend():
@@ -72,7 +72,7 @@ def test_the_chains_own_kl_blows_up(errors):
 
 def test_the_chains_own_kl_is_its_derivation():
     """sum_k ½ (e^{dlambda} - 1) E|d eps|², d eps = -sigma (0.6 - 0.3 (t/T) x), E over the chain's exact moments."""
-    case, solver = discretization_error.Case.of("gaussian-1d"), discretization_error.SOLVERS["exponential (DDIM)"]
+    case, solver = discretization_error.Case.of("gaussian-1d"), Exponential()
     p, problem = case.exact, case.exact.problem
     times = grids.uniform(problem, 10)
     chain = chain_moments(problem, case.policy, times, solver, p.initial.mean, p.initial.covariance)
@@ -103,7 +103,7 @@ def test_rollout(tmp_path):
 
 @pytest.mark.parametrize("solver", rollout.SOLVERS, ids=str)
 def test_both_sides_of_a_pair_call_the_score_as_often(solver):
-    """And so does torchsde, with no sliver of a step left over."""
+    """And so does torchsde, beyond its one look at the shapes: no sliver of a step is left over."""
     calls = 0
     setting = rollout.Setting.of(rollout.Options(batch=2), rollout.TORCHSDE_STEPS, torch.float32)
     score = setting.problem.reference_score
@@ -120,7 +120,7 @@ def test_both_sides_of_a_pair_call_the_score_as_often(solver):
         calls = 0
         run()
         counts.append(calls)
-    assert counts == [solver.calls * 128, solver.calls * 128, 128]
+    assert counts == [solver.calls * 128, solver.calls * 128, 128 + 1]
 
 
 def test_command_names_what_was_asked_for(tmp_path):

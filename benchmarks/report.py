@@ -1,0 +1,98 @@
+"""What every benchmark shares: its options, its results file, its table.
+
+A results file is JSON: {"name", "command", "seed", "versions", "device", "seconds", "rows": [flat records]}. The
+command is the shortest one that asks for the same run; where the file is written is no part of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("ctrl-diffusion", "torch", "torchsde", "numpy", "scipy")
+Row = dict[str, str | int | float | bool | None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark can be asked for."""
+
+    out: Path = Path("benchmarks/results")
+    """Where the results file and the figure go."""
+    quick: bool = False
+    """A smaller run, under a minute on two cores."""
+    seed: int = 0
+    """Seed of all randomness."""
+
+
+def command(name: str, options: Options) -> str:
+    """`python benchmarks/NAME.py` with the options that differ from their defaults."""
+    words = ["python", f"benchmarks/{name}.py"]
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if field.name == "out" or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        words += [flag] if value is True else [flag, str(value)]
+    return " ".join(words)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the numbers depend on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def rounded(value: Any) -> Any:
+    """A float to six significant digits: finer is noise in a figure and in a diff."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def write(name: str, options: Options, rows: Sequence[Row], began: float, device: str = "cpu") -> Path:
+    """Write OUT/NAME.json in one move, so that a reader never sees half a file; `began` is from time.perf_counter()."""
+    head = {
+        "name": name,
+        "command": command(name, options),
+        "seed": options.seed,
+        "versions": versions(),
+        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
+    records = [json.dumps({k: rounded(v) for k, v in row.items()}, allow_nan=False) for row in rows]
+    lines.append('  "rows": [\n    ' + ",\n    ".join(records) + "\n  ]")
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{name}.json"
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(unfinished, path)
+    return path
+
+
+def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    """The rows' columns, aligned; None is a dash."""
+    cells = [list(columns), *[[_cell(row[c]) for c in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
