@@ -16,7 +16,7 @@ from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
 from ctrl.linop import LinOp, Matrix, Scalar
 from ctrl.noise import Noise
 from ctrl.noising import VE, VP, Noising, RectifiedFlow, VPCosine, VPLinear, VPTable
-from ctrl.problem import Problem, ScoreAsAction, StandardNormal
+from ctrl.problem import IsotropicNormal, Problem, ScoreAsAction
 from ctrl.qvalue import advantage_rate, greedy, greedy_policy, martingale_residual, td_residual
 from ctrl.regularize import chain_kl, kl_rate, path_kl
 from ctrl.rollout import Trajectory, rollout
@@ -37,6 +37,7 @@ __all__ = [
     "Gaussian",
     "GaussianPolicy",
     "Heun",
+    "IsotropicNormal",
     "LinOp",
     "LinearStep",
     "Matrix",
@@ -50,7 +51,6 @@ __all__ = [
     "ScoreAsAction",
     "Skip",
     "Solver",
-    "StandardNormal",
     "StructuredCritic",
     "Trajectory",
     "VPCosine",

@@ -40,7 +40,7 @@ class TorchSDE:
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         """S(t), or L in the clock: (B, d) if diagonal, else (B, d, d)."""
-        root: LinOp = self.problem.root if self.in_clock else self.problem.noise(t)
+        root: LinOp = self.problem.root if self.in_clock else self.problem.diffusion(t)
         if isinstance(root, Matrix):
             return root.m.to(y.dtype).expand(len(y), -1, -1)
         return root.apply(torch.ones_like(y))

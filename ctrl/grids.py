@@ -1,4 +1,4 @@
-"""Time grids on [0, T], and quadrature weights so that every time integral carries its weight.
+"""Time grids on [0, T], and quadratures, so that every time integral carries its weight.
 
 integral of h dt over the grid ~ sum_k w_k h(t_k), w: (N+1,). An estimator is no better than the worse of its solver
 and its
@@ -7,14 +7,10 @@ quadrature: Euler with a left sum is first order, Heun with a trapezoid second.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from ctrl.problem import Problem, ScoreAsAction
-
-Quadrature = Callable[[Problem, Tensor], Tensor]
 
 
 def uniform(problem: Problem, steps: int) -> Tensor:
@@ -38,23 +34,27 @@ def log_snr(problem: ScoreAsAction, steps: int) -> Tensor:
 
 def left(problem: Problem, times: Tensor) -> Tensor:
     """Left Riemann sum: order 1."""
-    return torch.cat([times.diff(), times.new_zeros(1)])
+    step = times.diff()
+    return torch.stack([step, torch.zeros_like(step)])
 
 
 def trapezoid(problem: Problem, times: Tensor) -> Tensor:
     """Trapezoid in t: order 2."""
-    return _halves(times.diff())
+    step = times.diff() / 2
+    return torch.stack([step, step])
 
 
 def clock_trapezoid(problem: Problem, times: Tensor) -> Tensor:
     """Trapezoid in the noise's clock: integral of (h/rate) d clock. Order 2, and exact for h proportional to the
     rate."""
-    return _halves(problem.clock(times).diff()) / problem.rate(times)
+    step, rate = problem.clock(times).diff() / 2, problem.rate(times)
+    return torch.stack([step / rate[:-1], step / rate[1:]])
 
 
-def _halves(step: Tensor) -> Tensor:
-    zero = step.new_zeros(1)
-    return (torch.cat([step, zero]) + torch.cat([zero, step])) / 2
+def node_weights(w: Tensor) -> Tensor:
+    """The weight of each node, (N+1,), from those of the steps, (2, N)."""
+    zero = w.new_zeros(1)
+    return torch.cat([w[0], zero]) + torch.cat([zero, w[1]])
 
 
 def _check_steps(steps: int) -> None:

@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 
 
-def broadcast(c: Tensor | float, v: Tensor) -> Tensor | float:
+def broadcast(c: Tensor, v: Tensor) -> Tensor:
     """Append axes to a coefficient c, () or (B,), so that it multiplies v, (B, *D)."""
-    if isinstance(c, Tensor) and c.ndim:
-        return c.to(v.dtype).reshape(c.shape + (1,) * (v.ndim - c.ndim))
-    return c
+    return c.to(v.dtype).reshape(c.shape + (1,) * (v.ndim - c.ndim)) if c.ndim else c
 
 
 def dot(u: Tensor, v: Tensor) -> Tensor:
@@ -29,6 +27,13 @@ def dot(u: Tensor, v: Tensor) -> Tensor:
 def _tensor(c: Tensor | float) -> Tensor:
     """A number as a 0-d float64 tensor: exact, and it never promotes what it multiplies."""
     return c if isinstance(c, Tensor) else torch.tensor(c, dtype=torch.float64)
+
+
+def same_shape(**tensors: Tensor) -> None:
+    """Raise unless all have one shape: what broadcasts by mistake does not fail, it is wrong."""
+    if len({v.shape for v in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(v.shape)}" for name, v in tensors.items())
+        raise ValueError(f"these must have the same shape: {shapes}")
 
 
 class LinOp(ABC):
@@ -74,12 +79,12 @@ class Scalar(LinOp):
     c: Tensor | float
 
     def apply(self, v: Tensor) -> Tensor:
-        return broadcast(self.c, v) * v
+        return v * (broadcast(self.c, v) if isinstance(self.c, Tensor) else self.c)
 
     adjoint = apply
 
     def solve(self, v: Tensor) -> Tensor:
-        return v / broadcast(self.c, v)
+        return v / (broadcast(self.c, v) if isinstance(self.c, Tensor) else self.c)
 
     def scale(self, c: Tensor | float) -> Scalar:
         return Scalar(self.c * c)
@@ -107,18 +112,18 @@ class Matrix(LinOp):
     m: Tensor
 
     def apply(self, v: Tensor) -> Tensor:
-        return (self.m.to(v.dtype) @ v[..., None])[..., 0]
+        return (self.m.to(v) @ v[..., None])[..., 0]
 
     def adjoint(self, v: Tensor) -> Tensor:
-        return (self.m.mT.to(v.dtype) @ v[..., None])[..., 0]
+        return (self.m.mT.to(v) @ v[..., None])[..., 0]
 
     def solve(self, v: Tensor) -> Tensor:
-        return torch.linalg.solve(self.m.to(v.dtype), v[..., None])[..., 0]
+        return torch.linalg.solve(self.m.to(v), v[..., None])[..., 0]
 
     def scale(self, c: Tensor | float) -> Matrix:
-        if isinstance(c, Tensor) and c.ndim:
-            c = c.to(self.m)[:, None, None]
-        return Matrix(c * self.m)
+        if not isinstance(c, Tensor):
+            return Matrix(c * self.m)
+        return Matrix(c.to(self.m.dtype)[..., None, None] * self.m.to(c.device))
 
     def inverse_root(self) -> Matrix:
         return Matrix(torch.linalg.inv(torch.linalg.cholesky(self.m)).mT)

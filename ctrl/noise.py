@@ -19,8 +19,8 @@ from torch import Tensor
 _WORD = (1 << 64) - 1
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-INITIAL, PATH, ACTION, NODES = range(4)
-"""First words of an address: the initial state, the driving noise, exploration, the choice of nodes."""
+INITIAL, PATH, ACTION = range(3)
+"""First words of an address: the initial state, the driving noise, exploration (by step: actions have no path)."""
 
 
 def _mix_word(z: int) -> int:

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ctrl.linop import broadcast
+
 
 class Noising(ABC):
     """alpha, sigma, g², log-SNR and its inverse; every method takes s of any shape and works elementwise."""
 
     s_max: float = 1.0
-    """The last time at which lambda is finite."""
+    """The end of the clock: lambda and g² are finite up to here."""
 
     @abstractmethod
     def log_alpha(self, s: Tensor) -> Tensor:
@@ -71,10 +73,10 @@ class Noising(ABC):
     def tweedie(self, s: Tensor, x: Tensor, score: Tensor, s0: float | None = None) -> Tensor:
         """x0hat = E[X_{s0} | X_s = x] = (x + sigma² score) / alpha, alpha and sigma taken between s0 and s.
 
-        At s = s0 it is x itself. s: () or (B,); x, score: (B, *D).
+        At s = s0 it is x itself, whatever the score. s: () or (B,); x, score: (B, *D).
         """
-        alpha, variance = (c.to(x.dtype).reshape(c.shape + (1,) * (x.ndim - c.ndim)) for c in self.between(s, s0))
-        return (x + variance * score) / alpha
+        alpha, variance = (broadcast(c.to(x.dtype), x) for c in self.between(s, s0))
+        return (x + variance * torch.where(variance > 0, score, torch.zeros_like(score))) / alpha
 
 
 class VP(Noising):

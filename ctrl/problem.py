@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ctrl.gaussian import Mean
-from ctrl.linop import LinOp, Scalar, broadcast, dot
+from ctrl.linop import LinOp, Scalar, broadcast, dot, same_shape
 from ctrl.noise import INITIAL, Noise
 from ctrl.noising import Noising
 
@@ -79,29 +79,30 @@ class Problem(ABC):
     def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:
         """r(X_T), (B,)."""
 
-    def state_cost(self, t: Tensor, x: Tensor) -> Tensor:
+    def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """l(t, x), (B,)."""
         return x.new_zeros(len(x))
 
-    def noise(self, t: Tensor) -> LinOp:
+    def diffusion(self, t: Tensor) -> LinOp:
         """S(t) = sqrt(d clock/dt) L."""
         return self.root.scale(self.rate(t).sqrt())
 
-    def running_cost(self, t: Tensor, x: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
+    def running_cost(self, t: Tensor, x: Tensor, a: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
         """c(t, x, a) without the entropy, (B,)."""
+        same_shape(a=a, a_ref=a_ref)
         difference = a - a_ref
-        return self.state_cost(t, x) + dot(difference, self.penalty(t).apply(difference)) / 2
+        return self.state_cost(t, x, cond) + dot(difference, self.penalty(t).apply(difference)) / 2
 
     def check_times(self, times: Tensor) -> None:
         """Raise unless times (N+1,) increase strictly within [0, T]."""
         if times.ndim != 1 or len(times) < 2 or not bool((times[1:] > times[:-1]).all()):
             raise ValueError("times must be a 1-D tensor of at least two strictly increasing values")
-        if float(times[0]) < 0 or float(times[-1]) > self.horizon * (1 + 1e-12):
+        if float(times[0]) < 0 or float(times[-1]) > self.horizon * (1 + 1e-6):
             raise ValueError(f"times must lie in [0, {self.horizon}], got [{float(times[0])}, {float(times[-1])}]")
 
 
 @dataclass(frozen=True)
-class StandardNormal:
+class IsotropicNormal:
     """The initial law N(0, std² I) that samplers start from."""
 
     shape: Sequence[int]
@@ -120,15 +121,20 @@ class ScoreAsAction(Problem):
         dY = [-f Y + kappa a] dt + eta g dW,   kappa = (1 + eta²) g²/2.
 
     If Y_0 ~ p_{s_max} and a is the score of X_s, the marginals are those of X_s at every eta >= 0; eta = 0 is the
-    probability-flow ODE. J = E[r(Y_T)] - beta KL(P || P_ref), the KL between path laws, so
-    R = beta kappa²/(eta² g²) = beta (1 + eta²)² g²/(4 eta²).
+    probability-flow ODE. J = E[r(Y_T)] - beta KL(P || P_ref), the KL between path laws (undiscounted, deterministic
+    policy),
+    so R = beta kappa²/(eta² g²) = beta (1 + eta²)² g²/(4 eta²).
 
     Attributes:
-        reference: the pretrained model's score s_ref(t, x, cond).
-        reward: r(x, cond), at the data end s_min.
+        noising: alpha, sigma, g² on the forward clock s.
+        reference_score: the pretrained model's score s_ref(t, x, cond): (B,), (B, *D) -> (B, *D).
+        reward: r(x, cond), (B, *D) -> (B,), at the data end s_min.
         law: the initial law; N(0, I) and p_{s_max} differ, and the difference is part of the problem.
+        shape: D.
         beta: KL weight, in units of reward per nat.
+        eta: how much noise the reverse process takes.
         s_min, s_max: where the problem is cut; lambda is finite in between.
+        gamma, discount: as in `Problem`.
     """
 
     noising: Noising
@@ -149,6 +155,8 @@ class ScoreAsAction(Problem):
                 f"s_min and s_max must satisfy 0 <= s_min < s_max <= {self.noising.s_max}, "
                 f"got {self.s_min}, {self.s_max}"
             )
+        if float(self.noising.g2(torch.tensor(self.s_min, dtype=torch.float64))) <= 0:
+            raise ValueError(f"s_min = {self.s_min}: g² vanishes there, and with it noise and control; take s_min > 0")
         for name, least in (("beta", 0.0), ("eta", 0.0), ("gamma", 0.0), ("discount", 0.0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")

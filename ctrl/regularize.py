@@ -15,45 +15,45 @@ from __future__ import annotations
 from torch import Tensor
 
 from ctrl.gaussian import Mean
-from ctrl.linop import Scalar, dot
+from ctrl.linop import Scalar, dot, same_shape
 from ctrl.problem import Problem
-from ctrl.rollout import Trajectory
+from ctrl.rollout import Trajectory, batch_times
 from ctrl.solvers import GaussianStep
 
 
 def kl_rate(problem: Problem, t: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
     """½ |S^-1 B (a - a_ref)|², nats per unit of time, (B,)."""
-    noise = problem.noise(t)
+    same_shape(a=a, a_ref=a_ref)
     if isinstance(problem.root, Scalar) and problem.root.c == 0:
         raise ValueError("eta = 0 (no noise): path KL does not exist; report it from a rollout with eta > 0")
-    z = noise.solve(problem.control(t).apply(a - a_ref))
+    z = problem.diffusion(t).solve(problem.control(t).apply(a - a_ref))
     return dot(z, z) / 2
 
 
 def path_kl(problem: Problem, trajectory: Trajectory, policy: Mean, reference: Mean | None = None) -> Tensor:
     """The integral of the KL rate along each trajectory, (B,); its mean over on-policy trajectories is KL(P || P_ref).
 
-    On a trajectory that carries its graph (a rollout made with gradients on) the mean's gradient is that of the KL:
-    through the rate, and through the law of the states.
+    On a differentiable rollout the gradient of the mean is that of the KL: through the rate, and through the law of the
+    states.
     """
     reference = reference or problem.reference
-    kl = trajectory.at_nodes(lambda t, x, cond: kl_rate(problem, t, policy(t, x, cond), reference(t, x, cond)))
-    return trajectory.integrate(kl)
+    return trajectory.integrate(lambda t, x, cond: kl_rate(problem, t, policy(t, x, cond), reference(t, x, cond)))
 
 
 def chain_kl(
     problem: Problem, solver: GaussianStep, trajectory: Trajectory, policy: Mean, reference: Mean | None = None
 ) -> Tensor:
-    """sum_k KL between a discrete chain's own transitions, (B,): what codes that define KL on the chain compute.
+    """sum_k KL between a discrete chain's own transitions, (B,): the KL that chain-based codes report.
 
     For DDIM with ddim_eta = 1 it is ½ (e^{dlambda} - 1) |d eps|² a step against ½ dlambda |d eps|² in continuous time.
     """
     reference = reference or problem.reference
+    times = batch_times(trajectory.t, trajectory.x.dtype, len(trajectory.ids))
     total, memory, memory_ref = trajectory.x.new_zeros(len(trajectory.ids)), None, None
     for k, c in enumerate(solver.plan(problem, trajectory.t)):
-        x, cond = trajectory.x[k], trajectory.cond
-        t = trajectory.t[k].expand(len(x)).to(x.dtype)
-        law, memory = solver.transition(problem, c, x, policy(t, x, cond), memory)
-        law_ref, memory_ref = solver.transition(problem, c, x, reference(t, x, cond), memory_ref)
-        total = total + law.kl(law_ref)
+        x = trajectory.x[k]
+        a, a_ref = (mean(times[k], x, trajectory.cond) for mean in (policy, reference))
+        law = solver.transition(problem, c, x, a, memory)
+        total = total + law.kl(solver.transition(problem, c, x, a_ref, memory_ref))
+        memory, memory_ref = solver.carry(c, x, a), solver.carry(c, x, a_ref)
     return total

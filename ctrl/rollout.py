@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctrl.gaussian import Gaussian, Mean
-from ctrl.linop import LinOp, Scalar
+from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
+from ctrl.grids import node_weights
+from ctrl.linop import Scalar
 from ctrl.noise import ACTION, Noise
 from ctrl.problem import Problem
-from ctrl.solvers import Act, EulerMaruyama, Solver, held
+from ctrl.solvers import Act, EulerMaruyama, Exact, Solver, held
 
 _EULER = EulerMaruyama()
 
@@ -27,7 +28,7 @@ class Trajectory:
         x: states, (N+1, B, *D).
         a: the actions taken at t_0 ... t_{N-1}, (N, B, *D); None where the solver did not record them.
         xi: standardised increments of the driving path, (N, B, *D); None where there are none.
-        w: quadrature weights, (N+1,).
+        w: quadrature weights of each step's left and right node, (2, N).
         ids: global sample ids, (B,).
         cond: the condition, opaque.
     """
@@ -40,78 +41,107 @@ class Trajectory:
     ids: Tensor
     cond: Any = None
 
-    def integrate(self, h: Tensor) -> Tensor:
-        """sum_k w_k h_k ~ integral of h dt; h: (N+1, B) -> (B,)."""
-        if h.shape != self.x.shape[:2]:
-            raise ValueError(f"h must have shape (N+1, B) = {tuple(self.x.shape[:2])}, got {tuple(h.shape)}")
-        return torch.tensordot(self.w.to(h), h, dims=1)
+    def integrate(self, h: Callable[[Tensor, Tensor, Any], Tensor]) -> Tensor:
+        """sum_k w_k h(t_k, x_k, cond) ~ integral of h dt along each sample, (B,); nodes of weight zero are not
+        visited."""
+        total = self.x.new_zeros(len(self.ids))
+        for w, t, x in zip(node_weights(self.w).tolist(), self._batch_times(), self.x, strict=True):
+            if w:
+                total = total + w * self._at(h, t, x)
+        return total
 
-    def at_nodes(self, f: Callable[[Tensor, Tensor, Any], Tensor]) -> Tensor:
-        """f(t, x, cond) at every node, stacked: (N+1, B, ...)."""
-        batch = len(self.ids)
-        return torch.stack([f(t.expand(batch).to(x.dtype), x, self.cond) for t, x in zip(self.t, self.x, strict=True)])
+    def at_nodes(self, h: Callable[[Tensor, Tensor, Any], Tensor]) -> Tensor:
+        """h(t, x, cond) at every node, (N+1, B)."""
+        return torch.stack([self._at(h, t, x) for t, x in zip(self._batch_times(), self.x, strict=True)])
+
+    def _at(self, h: Callable[[Tensor, Tensor, Any], Tensor], t: Tensor, x: Tensor) -> Tensor:
+        value = h(t, x, self.cond)
+        if value.shape != (len(x),):
+            raise ValueError(f"h must return one number a sample, shape {(len(x),)}, got {tuple(value.shape)}")
+        return value
+
+    def _batch_times(self) -> Sequence[Tensor]:
+        return batch_times(self.t, self.x.dtype, len(self.ids))
+
+
+def batch_times(t: Tensor, dtype: torch.dtype, batch: int) -> Sequence[Tensor]:
+    """Each time as a network sees it, (B,): in the states' precision, but never below float32."""
+    return t.to(torch.promote_types(dtype, torch.float32))[:, None].expand(-1, batch).unbind()
 
 
 def rollout(
     problem: Problem,
-    policy: Mean,
+    policy: Mean | GaussianPolicy,
     times: Tensor,
     noise: Noise,
     ids: Tensor,
     *,
     solver: Solver = _EULER,
     cond: Any = None,
-    spread: Callable[[Tensor], LinOp] | None = None,
     start: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    differentiable: bool = False,
 ) -> Trajectory:
-    """Simulate dX = [b0 + B a] dt + S dW from t_0 to t_N under a = policy(t, x, cond).
+    """Simulate dX = [b0 + B a] dt + S dW from t_0 to t_N under a policy.
 
     Args:
+        policy: a = policy(t, x, cond); a `GaussianPolicy` explores: each action is drawn and held over its step.
         times: (N+1,) strictly increasing in [0, T]; see `ctrl.grids`.
         noise, ids: the randomness, and which samples of it, (B,) int64; ids.device is where the rollout runs.
         solver: one of `ctrl.solvers`.
-        spread: exploration: each action is drawn from N(policy, L L') with L = spread(t) and held over its step.
-        start: X_0, (B, *D); drawn from the problem's initial law by default.
+        start: X at t_0, (B, *D); at t_0 = 0 drawn from the problem's initial law by default.
         dtype: of the states; torch's default dtype by default.
+        differentiable: keep the graph through the whole path.
     """
     problem.check_times(times)
+    if start is None and float(times[0]) > 0:
+        raise ValueError(f"start must be given: times begin at {float(times[0])}, the initial law holds at t = 0")
     dtype = dtype or (start.dtype if start is not None else torch.get_default_dtype())
     x = (problem.initial(noise, ids, cond) if start is None else start).to(dtype)
     if x.shape != (len(ids), *problem.shape):
         raise ValueError(f"start must have shape {(len(ids), *problem.shape)}, got {tuple(x.shape)}")
-    times = times.to(x.device, torch.float64)
-    batch_times = times.to(dtype)[:, None].expand(-1, len(ids)).unbind()
-
-    def act(t: Tensor, x: Tensor) -> Tensor:
-        return policy(t.to(dtype).expand(len(ids)), x, cond)
-
-    states, actions, memory = [x], [], None
-    increments = x.new_empty(len(times) - 1, *x.shape)
-    path = noise.path(ids, problem.shape, times, problem.clock)
-    for k, (c, draw) in enumerate(zip(solver.plan(problem, times), path, strict=True)):
-        xi = increments[k].copy_(draw)
-        a = policy(batch_times[k], x, cond)
-        if k == 0:
-            _check_action(problem, times[0], x, a)
-        stage: Act = act
-        if spread is not None:
-            a = Gaussian(a, spread(times[k])).sample(noise.normal(ids, a.shape[1:], ACTION, k).to(dtype))
-            stage = held(a)
-        x, memory = solver.step(problem, c, x, a, xi, stage, memory)
-        states.append(x)
-        actions.append(a)
-    trajectory = Trajectory(
-        t=times,
-        x=torch.stack(states),
-        a=torch.stack(actions),
-        xi=increments,
-        w=solver.quadrature(problem, times),
-        ids=ids,
-        cond=cond,
-    )
+    if isinstance(policy, GaussianPolicy) and isinstance(solver, Exact):
+        raise ValueError("solver Exact has its action built in and cannot explore: give it the policy's mean")
+    with torch.set_grad_enabled(differentiable):
+        trajectory = _simulate(problem, policy, times.to(x.device, torch.float64), noise, ids, solver, cond, x)
     check_finite(trajectory)
     return trajectory
+
+
+def _simulate(
+    problem: Problem,
+    policy: Mean | GaussianPolicy,
+    times: Tensor,
+    noise: Noise,
+    ids: Tensor,
+    solver: Solver,
+    cond: Any,
+    x: Tensor,
+) -> Trajectory:
+    mean = policy.mean if isinstance(policy, GaussianPolicy) else policy
+
+    def act(t: Tensor, x: Tensor) -> Tensor:
+        return mean(batch_times(t[None], x.dtype, len(ids))[0], x, cond).to(x.dtype)
+
+    plan, memory = solver.plan(problem, times), None
+    states, actions, xi = [x], [], x.new_empty(len(plan), *x.shape)
+    for k, draw in enumerate(noise.path(ids, problem.shape, times, problem.clock)):
+        a = act(times[k], x)
+        stage: Act = act
+        if k == 0:
+            _check_action(problem, times[0], x, a)
+        if isinstance(policy, GaussianPolicy):
+            normal = noise.normal(ids, a.shape[1:], ACTION, k).to(a)
+            a = Gaussian(a, policy.root(times[k])).sample(normal)
+            stage = held(a)
+        xi[k] = draw
+        carried = solver.carry(plan[k], x, a)
+        x, memory = solver.step(problem, plan[k], x, a, xi[k], stage, memory), carried
+        states.append(x)
+        actions.append(a)
+    return Trajectory(
+        times, torch.stack(states), torch.stack(actions), xi, solver.quadrature(problem, times), ids, cond
+    )
 
 
 def _check_action(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> None:

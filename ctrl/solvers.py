@@ -50,7 +50,7 @@ class Solver(ABC):
     """Policy evaluations a step."""
 
     def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
-        """The quadrature weights, (N+1,), whose order matches the method's weak order."""
+        """The quadrature weights, (2, N), whose order matches the method's weak order."""
         return grids.left(problem, times)
 
     @abstractmethod
@@ -60,24 +60,25 @@ class Solver(ABC):
     @abstractmethod
     def step(
         self, problem: Problem, c: Any, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(x_{k+1}, memory) from x_k and a_k = act(t_k, x_k)."""
+    ) -> Tensor:
+        """x_{k+1} from x_k, a_k = act(t_k, x_k) and what the step before carried along (None at the first)."""
+
+    def carry(self, c: Any, x: Tensor, a: Tensor) -> Tensor | None:
+        """What step k hands to step k + 1: nothing, for a one-step method."""
+        return None
 
 
 class GaussianStep(Solver):
     """A solver whose x_{k+1} is Gaussian given the past."""
 
     @abstractmethod
-    def transition(
-        self, problem: Problem, c: Any, x: Tensor, a: Tensor, memory: Tensor | None
-    ) -> tuple[Gaussian, Tensor | None]:
-        """The law of x_{k+1}, and the memory handed on."""
+    def transition(self, problem: Problem, c: Any, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
+        """The law of x_{k+1}."""
 
     def step(
         self, problem: Problem, c: Any, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        law, memory = self.transition(problem, c, x, a, memory)
-        return law.sample(xi), memory
+    ) -> Tensor:
+        return self.transition(problem, c, x, a, memory).sample(xi)
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,9 @@ class EulerMaruyama(GaussianStep):
     def plan(self, problem: Problem, times: Tensor) -> list[_EulerStep]:
         return _euler_plan(problem, times)
 
-    def transition(
-        self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, memory: Tensor | None
-    ) -> tuple[Gaussian, Tensor | None]:
+    def transition(self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
         velocity = problem.drift(c.t, x) + problem.control(c.t).apply(a)
-        return Gaussian(torch.add(x, velocity, alpha=c.dt), c.root), None
+        return Gaussian(torch.add(x, velocity, alpha=c.dt), c.root)
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,12 @@ class Heun(Solver):
 
     def step(
         self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Tensor:
         first = problem.drift(c.t, x) + problem.control(c.t).apply(a)
         start = x + c.root.apply(xi)
         ahead = torch.add(start, first, alpha=c.dt)
         second = problem.drift(c.t_next, ahead) + problem.control(c.t_next).apply(act(c.t_next, ahead))
-        return torch.add(start, first + second, alpha=c.dt / 2), None
+        return torch.add(start, first + second, alpha=c.dt / 2)
 
 
 @dataclass(frozen=True)
@@ -150,8 +149,9 @@ class _Exponential(GaussianStep):
         """log rho, rho² = 1 - v/sigma_1²."""
 
     def plan(self, problem: Problem, times: Tensor) -> list[_ExponentialStep]:
-        alpha, sigma, dlambda = _schedule(problem, times, self)
-        log_rho = self.log_kept(problem, dlambda)  # type: ignore[arg-type]
+        diffusion = _diffusion(problem, self)
+        alpha, sigma, dlambda = _schedule(diffusion, times)
+        log_rho = self.log_kept(diffusion, dlambda)
         from_x = alpha[1:] / alpha[:-1]
         from_a = -from_x * sigma[:-1].square() * torch.expm1(log_rho - dlambda / 2)
         spread = sigma[1:] * (-torch.expm1(2 * log_rho)).sqrt()
@@ -162,8 +162,8 @@ class _Exponential(GaussianStep):
 
     def transition(
         self, problem: Problem, c: _ExponentialStep, x: Tensor, a: Tensor, memory: Tensor | None
-    ) -> tuple[Gaussian, Tensor | None]:
-        return Gaussian(torch.add(x * c.from_x, a, alpha=c.from_a), c.root), None
+    ) -> Gaussian:
+        return Gaussian(torch.add(x * c.from_x, a, alpha=c.from_a), c.root)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Exponential(_Exponential):
     """The SDE's first-order exponential step: exact in the linear part, x0hat frozen. Uses the problem's eta."""
 
     def log_kept(self, problem: ScoreAsAction, dlambda: Tensor) -> Tensor:
-        return -(problem.eta**2) / 2 * dlambda
+        return -(problem.eta**2) / 2 * dlambda if problem.eta else torch.zeros_like(dlambda)  # dlambda may be infinite
 
 
 @dataclass(frozen=True)
@@ -211,11 +211,12 @@ class Multistep2(GaussianStep):
         return grids.clock_trapezoid(problem, times)
 
     def plan(self, problem: Problem, times: Tensor) -> list[_MultistepStep]:
-        alpha, sigma, dlambda = _schedule(problem, times, self)
+        diffusion = _diffusion(problem, self)
+        alpha, sigma, dlambda = _schedule(diffusion, times)
         if not bool(torch.isfinite(dlambda).all()):
             raise ValueError("2M extrapolates in log-SNR, which must be finite at both ends: take s_min > 0")
-        noise = problem.eta**2 * dlambda  # type: ignore[attr-defined]
-        extrapolate = torch.cat([torch.zeros(1, dtype=dlambda.dtype), dlambda[1:] / (2 * dlambda[:-1])])
+        noise = diffusion.eta**2 * dlambda
+        extrapolate = torch.cat([dlambda.new_zeros(1), dlambda[1:] / (2 * dlambda[:-1])])
         columns = (
             1 / alpha[:-1],
             sigma[:-1].square() / alpha[:-1],
@@ -228,18 +229,24 @@ class Multistep2(GaussianStep):
             _MultistepStep(x, a, kept, x0, e, Scalar(w)) for x, a, kept, x0, e, w in torch.stack(columns, 1).tolist()
         ]
 
-    def transition(
-        self, problem: Problem, c: _MultistepStep, x: Tensor, a: Tensor, memory: Tensor | None
-    ) -> tuple[Gaussian, Tensor | None]:
-        x0hat = torch.add(x * c.tweedie_x, a, alpha=c.tweedie_a)
+    def transition(self, problem: Problem, c: _MultistepStep, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
+        x0hat = self.carry(c, x, a)
         target = x0hat if memory is None else torch.lerp(memory, x0hat, 1 + c.extrapolate)
-        return Gaussian(torch.add(x * c.from_x, target, alpha=c.from_x0), c.root), x0hat
+        return Gaussian(torch.add(x * c.from_x, target, alpha=c.from_x0), c.root)
+
+    def carry(self, c: _MultistepStep, x: Tensor, a: Tensor) -> Tensor:
+        """x0hat."""
+        return torch.add(x * c.tweedie_x, a, alpha=c.tweedie_a)
 
 
-def _schedule(problem: Problem, times: Tensor, solver: Solver) -> tuple[Tensor, Tensor, Tensor]:
-    """alpha, sigma (N+1,) and the steps in lambda (N,)."""
+def _diffusion(problem: Problem, solver: Solver) -> ScoreAsAction:
     if not isinstance(problem, ScoreAsAction):
         raise ValueError(f"solver {type(solver).__name__} needs a ScoreAsAction problem, got {type(problem).__name__}")
+    return problem
+
+
+def _schedule(problem: ScoreAsAction, times: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """alpha, sigma (N+1,) and the steps in lambda (N,)."""
     s = problem.s(times)
     return problem.noising.alpha(s), problem.noising.sigma(s), problem.noising.log_snr(s).diff()
 
@@ -254,10 +261,11 @@ class LinearStep:
 
 
 @dataclass(frozen=True)
-class Exact(GaussianStep):
-    """The exact transitions of a linear-Gaussian closed loop, exact in law on any grid; the action is built in.
+class Exact(Solver):
+    """The exact transitions of a linear-Gaussian closed loop, exact in law on any grid.
 
-    `between(t0, t1)` gives the transition of the problem *with its policy* (for example `toy.lq.closed_loop`).
+    `between(t0, t1)` is the transition of the problem *with its policy built in* (for example `toy.lq.LQ.closed_loop`):
+    give `rollout` that same policy; it is called for the record, and does not steer. Not for exploring policies.
     """
 
     between: Callable[[float, float], LinearStep]
@@ -268,7 +276,7 @@ class Exact(GaussianStep):
     def plan(self, problem: Problem, times: Tensor) -> list[LinearStep]:
         return [self.between(t0, t1) for t0, t1 in pairwise(times.tolist())]
 
-    def transition(
-        self, problem: Problem, c: LinearStep, x: Tensor, a: Tensor, memory: Tensor | None
-    ) -> tuple[Gaussian, Tensor | None]:
-        return Gaussian(Matrix(c.phi).apply(x) + c.shift.to(x), c.root), None
+    def step(
+        self, problem: Problem, c: LinearStep, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+    ) -> Tensor:
+        return Gaussian(Matrix(c.phi).apply(x) + c.shift.to(x), c.root).sample(xi)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.integrate import quad
 
-from ctrl import VE, RectifiedFlow, ScoreAsAction, StandardNormal, VPCosine, VPLinear, VPTable, fit_order, grids
+from ctrl import VE, IsotropicNormal, RectifiedFlow, ScoreAsAction, VPCosine, VPLinear, VPTable, fit_order, grids
 
 NOISINGS = {
     "linear": VPLinear(),
@@ -17,7 +17,14 @@ NOISINGS = {
     "ve": VE(),
     "rectified": RectifiedFlow(),
 }
-RULES = {"left": grids.left, "trapezoid": grids.trapezoid, "clock_trapezoid": grids.clock_trapezoid}
+RULES = {
+    name: lambda p, times, rule=rule: grids.node_weights(rule(p, times))
+    for name, rule in {
+        "left": grids.left,
+        "trapezoid": grids.trapezoid,
+        "clock_trapezoid": grids.clock_trapezoid,
+    }.items()
+}
 every = pytest.mark.parametrize("noising", NOISINGS.values(), ids=NOISINGS.keys())
 uneven = st.lists(st.floats(0.01, 1), min_size=1, max_size=12)
 
@@ -27,7 +34,7 @@ def problem(noising, s_min=1e-2, s_max=0.9):
         noising,
         reference_score=lambda t, x, c: -x,
         reward=lambda x, c: x.sum(1),
-        law=StandardNormal((1,)),
+        law=IsotropicNormal((1,)),
         shape=(1,),
         s_min=s_min,
         s_max=s_max,
@@ -93,8 +100,8 @@ def test_log_snr_needs_noise_at_the_data_end():
 def test_weights_by_hand():
     """Two steps, 0.2 and 0.3: left (.2, .3, 0), trapezoid (.1, .25, .15)."""
     p, times = problem(VPLinear()), torch.tensor([0.0, 0.2, 0.5], dtype=torch.float64)
-    close(grids.left(p, times), torch.tensor([0.2, 0.3, 0.0], dtype=torch.float64))
-    close(grids.trapezoid(p, times), torch.tensor([0.1, 0.25, 0.15], dtype=torch.float64))
+    close(RULES["left"](p, times), torch.tensor([0.2, 0.3, 0.0], dtype=torch.float64))
+    close(RULES["trapezoid"](p, times), torch.tensor([0.1, 0.25, 0.15], dtype=torch.float64))
 
 
 @every
@@ -103,13 +110,13 @@ def test_exactness_on_uneven_grids(noising, steps, a, b):
     """left: constants; trapezoid: a + b t; clock_trapezoid: rate (a + b clock), to a C + b C²/2 over a clock span C."""
     p = problem(noising)
     times, T = grid(p, steps), p.horizon
-    close(grids.left(p, times).sum(), torch.tensor(T, dtype=torch.float64))
-    linear = grids.trapezoid(p, times) * (a + b * times)
+    close(RULES["left"](p, times).sum(), torch.tensor(T, dtype=torch.float64))
+    linear = RULES["trapezoid"](p, times) * (a + b * times)
     close(linear.sum(), torch.tensor(a * T + b * T**2 / 2, dtype=torch.float64), 1e-12, 1e-12)
     clock = p.clock(times)
     low, high = noising.int_g2(torch.tensor([0.01, 0.9], dtype=torch.float64))
     span = high - low
-    total = (grids.clock_trapezoid(p, times) * p.rate(times) * (a + b * clock)).sum()
+    total = (RULES["clock_trapezoid"](p, times) * p.rate(times) * (a + b * clock)).sum()
     close(total, a * span + b * span**2 / 2, 1e-11, float(1e-12 * (span + span**2)))
 
 

@@ -23,7 +23,7 @@ def test_score_and_density(p):
     """log p_s against scipy, its gradient against autograd, and the Tweedie mean (x + sigma² score)/alpha against
     Bayes."""
     t, x = states(p.problem)
-    s = p.s(t)
+    s = p.problem.s(t)
     density = 0.0
     alpha, sigma = p.noising.alpha(s), p.noising.sigma(s)
     for w, mu, C in zip(p.data.w, p.data.mu, p.data.C, strict=True):
@@ -64,15 +64,15 @@ def test_value_is_the_tilted_expectation_over_the_posterior(p):
     tilt."""
     t, x = states(p.problem, n=5)
     data = Noised(p.p.at(p.s_min), p.noising, p.s_min)
-    w, means, C = data.posterior(p.s(t), x)
+    w, means, C = data.posterior(p.problem.s(t), x)
     values = p.value.value(t, x)
     for i in range(len(x)):
         posterior = Mixture(w[i].clamp_min(1e-300), means[i], (C[i] + C[i].mT) / 2)
         if isinstance(
             p.reward, LogRatioReward
         ):  # E[q/p | y] has no closed form over the posterior: importance identity
-            ratio = Noised(p.reward.q, p.noising, p.s_min).log_prob(p.s(t[i : i + 1]), x[i : i + 1])
-            log_z = float(ratio - data.log_prob(p.s(t[i : i + 1]), x[i : i + 1]))
+            ratio = Noised(p.reward.q, p.noising, p.s_min).log_prob(p.problem.s(t[i : i + 1]), x[i : i + 1])
+            log_z = float(ratio - data.log_prob(p.problem.s(t[i : i + 1]), x[i : i + 1]))
         else:
             log_z = float(tilt(posterior, p.reward, p.beta)[1])
         assert float(values[i]) == pytest.approx(p.beta * log_z, rel=1e-8, abs=1e-8)
@@ -87,7 +87,7 @@ def test_value_by_quadrature(fraction, y):
     ratio = dataclasses.replace(base, reward=LogRatioReward(target, base.p.at(base.s_min), base.beta))
     for p in (base, ratio):
         t = torch.tensor([fraction * p.problem.horizon])
-        alpha, variance = (float(v) for v in p.noising.between(p.s(t), p.s_min))
+        alpha, variance = (float(v) for v in p.noising.between(p.problem.s(t), p.s_min))
 
         def joint(x, tilt, p=p, alpha=alpha, variance=variance):
             x = torch.tensor([[x]])
@@ -121,7 +121,7 @@ def test_value_solves_the_hjb_equation(p, seed):
         parts = dt, (drift * grad).sum(1), g2 / 2 * laplacian, g2 / (2 * p.beta) * grad.square().sum(1)
         scale = 1 + sum(part.abs() for part in parts)
         # the time difference: rounding eps |V| / h, |V| up to its parts in the log-densities
-        rounding = 2e-16 * (1 + p.p.log_prob(p.s(t), y).abs() + p.value.value(t, y).abs() * 4) / h * p.beta
+        rounding = 2e-16 * (1 + p.p.log_prob(p.problem.s(t), y).abs() + p.value.value(t, y).abs() * 4) / h * p.beta
         assert bool((sum(parts).abs() < 1e-7 * scale + 50 * rounding).all())
 
 
@@ -210,9 +210,10 @@ def test_J_optimal_by_monte_carlo(name):
 
     def total(grid):
         path = rollout(problem, entry.optimal_policy, grid, Noise(2, fine=fine), ids, solver=Heun(), cond=cond)
-        cost = path.at_nodes(
-            lambda t, x, c: problem.running_cost(t, x, entry.optimal_policy(t, x, c), problem.reference(t, x, c))
-        )
+
+        def cost(t, x, c):
+            return problem.running_cost(t, x, entry.optimal_policy(t, x, c), problem.reference(t, x, c))
+
         return problem.terminal_reward(path.x[-1], cond) - path.integrate(cost)
 
     full, half = total(fine), total(fine[::2])
@@ -261,7 +262,9 @@ def test_guidance_refuses_shifts_that_leave_the_family():
         GuidedMixture(guided.base, guided.shifts, guided.rewards[:1])
 
 
-@pytest.mark.parametrize("cond", [None, torch.tensor([3]), torch.tensor([-1]), torch.tensor([0.5])], ids=str)
+@pytest.mark.parametrize(
+    "cond", [None, torch.tensor([3]), torch.tensor([-1]), torch.tensor([0.5]), torch.tensor([0, 1])], ids=str
+)
 def test_condition_must_be_a_class(cond):
     entry = catalogue.get("mixture-2d-conditional")
     with pytest.raises(ValueError, match="cond"):
@@ -279,6 +282,9 @@ def test_rewards_without_a_closed_form():
     p = catalogue.get("mixture-1d").exact
     with pytest.raises(ValueError, match=r"reward\.scale"):
         tilt(p.data, LogRatioReward(p.data, p.data, 0.3), 0.5)
+    other = LogRatioReward(p.data, p.data, p.beta)
+    with pytest.raises(ValueError, match=r"reward\.p"):
+        tilt(p.p.at(p.s_min), other, p.beta)
     with pytest.raises(ValueError, match="no closed form"):
         tilt(p.data, lambda x, cond=None: x.sum(1), 0.5)
     with pytest.raises(ValueError, match=r"reward\.G"):

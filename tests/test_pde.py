@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ctrl import (
     GaussianPolicy,
+    IsotropicNormal,
     LinOp,
     Matrix,
     Noise,
     Problem,
     Scalar,
     ScoreAsAction,
-    StandardNormal,
     VPLinear,
     advantage_rate,
     fit_order,
@@ -100,7 +100,7 @@ TWO = mixture((0.4, -1.0, 0.2), (0.6, 1.0, 0.15))
 
 
 def sampling(data: Mixture, reward: Any, eta: float = 1.0, beta: float = 1.0, **options: Any) -> ScoreAsAction:
-    return ScoreAsAction(VP, data.score, reward, StandardNormal((1,)), (1,), beta, eta, S_MIN, **options)
+    return ScoreAsAction(VP, data.score, reward, IsotropicNormal((1,)), (1,), beta, eta, S_MIN, **options)
 
 
 def end_given(eta: float, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class Regulator(Problem):
     def penalty(self, t: Tensor) -> LinOp:
         return self.operator(self.R)
 
-    def state_cost(self, t: Tensor, x: Tensor) -> Tensor:
+    def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         return self.Q * x[:, 0] ** 2 / 2
 
     def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:
@@ -252,7 +252,7 @@ def test_objective_is_the_average_of_the_value() -> None:
     t, x = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     mean, v = end_given(1.0, t, x)
     slope = end_given(1.0, t, x + 1)[0] - mean
-    narrow = dataclasses.replace(problem, law=StandardNormal((1,), 0.7))
+    narrow = dataclasses.replace(problem, law=IsotropicNormal((1,), 0.7))
     moved = objective(problem, V, lambda x: torch.distributions.Normal(0.3, number(0.5)).log_prob(x)[:, 0])
     for J, m, std in ((objective(problem, V), 0.0, 1.0), (objective(narrow, V), 0.0, 0.7), (moved, 0.3, 0.5)):
         assert abs(J + float((mean + m * slope - 1.5) ** 2 + slope**2 * std**2 + v) / 2) < V.error

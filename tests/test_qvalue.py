@@ -16,6 +16,7 @@ from ctrl import (
     greedy,
     greedy_policy,
     grids,
+    kl_rate,
     martingale_residual,
     rollout,
     td_residual,
@@ -83,38 +84,62 @@ def test_martingale_and_td_residuals(discount):
 
     def residual_z(value):
         v = path.at_nodes(value.value)
-        whole, step = martingale_residual(base, path, v, cost), td_residual(base, path, v, cost)
+        reward = base.terminal_reward(path.x[-1])
+        whole, step = martingale_residual(base, path, reward, v, cost), td_residual(base, path, v, cost)
         assert float(whole[-1].abs().max()) < 1e-12  # V(T, .) = r
-        # left point: the mean of a step is dt/2 (h_{k+1} - h_k) + O(dt³), h = E[c + rho V]
-        step = step - (cost + discount * v).diff(dim=0) * times.diff()[:, None] / 2
         return torch.cat([Estimate.of(r.T).z(0.0) for r in (whole[:-1], step)])
 
-    # trapezoid: dt²/12 (h'(T) - h'(t)) = 2e-5 h', against a standard error of 5e-3 at least, with |h'| < 10
+    # trapezoid: dt²/12 (h'(T) - h'(t)) = 2e-5 h' in all and dt³/12 h'' = 3e-7 h'' a step, h = E[c + rho V]; against
+    # standard
+    # errors of 5e-3 in all and 3e-4 a step at least, with |h'| and |h''| < 10
     assert float(residual_z(lq.value(policy)).abs().max()) < z_bound(128) + 0.04
     wrong = dataclasses.replace(base, discount=0.5 - discount).exact.value(policy)
     assert float(residual_z(wrong).abs().max()) > z_bound(128) + 5
 
 
 def test_residuals_vanish_along_noiseless_paths():
-    """S -> 0: along the flow V(t) + integral of -c is constant, so both residuals are quadrature error: orders 2 and
-    1 (per unit
-    of time), in e^{-rho t} units too."""
+    """S -> 0: along the flow e^{-rho t} V - integral of e^{-rho t} c is constant, so both residuals are the error of
+    the
+    trajectory's quadrature: order 2 with the trapezoid, 1 with the left sum."""
     base = catalogue.get("lq-1d").exact
     base = dataclasses.replace(base, S=torch.tensor([[1e-9]]), gamma=0.0, discount=0.7)
     lq = base.exact
-    policy, worst = lq.optimal_policy(), []
-    for steps in (32, 64):
+    policy = lq.optimal_policy()
+
+    def worst(steps, quadrature):
         times = grids.uniform(base, steps)
         path = rollout(base, policy, times, Noise(1), torch.arange(4), solver=Exact(lq.closed_loop(policy)))
+        path = dataclasses.replace(path, w=quadrature(base, times))
         cost = path.at_nodes(lambda t, x, c: base.running_cost(t, x, policy(t, x), base.reference(t, x)))
-        v = path.at_nodes(lq.optimal_value().value)
-        whole, step = martingale_residual(base, path, v, cost), td_residual(base, path, v, cost)
-        worst.append((float(whole.abs().max()), float(step.abs().sum(0).max())))
-    assert worst[0][0] / worst[1][0] == pytest.approx(4, rel=0.1)
-    assert worst[0][1] / worst[1][1] == pytest.approx(2, rel=0.1)
+        v, reward = path.at_nodes(lq.optimal_value().value), base.terminal_reward(path.x[-1])
+        whole, step = martingale_residual(base, path, reward, v, cost), td_residual(base, path, v, cost)
+        return torch.stack([whole.abs().max(), step.abs().sum(0).max()])
+
+    for quadrature, ratio in ((grids.trapezoid, 4), (grids.left, 2)):
+        ratios = worst(32, quadrature) / worst(64, quadrature)
+        assert ratios.tolist() == pytest.approx([ratio, ratio], rel=0.1)
 
 
-def test_shapes_are_checked():
+def wrong_shapes():
+    one, two, three = torch.zeros(2, 1), torch.zeros(2), torch.zeros(3, 2)
     problem = catalogue.get("gaussian-1d").problem
-    with pytest.raises(ValueError, match="a, s and a_ref"):
-        advantage_rate(problem, torch.zeros(2), torch.zeros(2, 1), torch.zeros(2, 1), torch.zeros(1), torch.zeros(2, 1))
+    path = rollout(problem, problem.reference, grids.uniform(problem, 2), Noise(0), torch.arange(2))
+    return {
+        "a": lambda: advantage_rate(problem, two, two, one, one, one),
+        "grad_v": lambda: advantage_rate(problem, two, one, one, one, two),
+        "step": lambda: greedy(problem, two, one, two),
+        "a_ref": lambda: problem.running_cost(two, one, one, two),
+        "a_ref ": lambda: kl_rate(problem, two, two, one),
+        "value": lambda: martingale_residual(problem, path, two, two, three),
+        "cost": lambda: td_residual(problem, path, three, one),
+        "reward": lambda: martingale_residual(problem, path, one, three, three),
+        "no reward": lambda: martingale_residual(
+            problem, dataclasses.replace(path, t=path.t / 2), two, three, three
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["a", "grad_v", "step", "a_ref", "a_ref ", "value", "cost", "reward", "no reward"])
+def test_shapes_that_would_broadcast_are_refused(name):
+    with pytest.raises(ValueError, match=name.strip()):
+        wrong_shapes()[name]()

@@ -120,8 +120,7 @@ def test_kl_does_not_depend_on_the_parametrisation_of_time(eta):
 @pytest.mark.parametrize("eta", [0.6, 1.0])
 def test_kl_and_its_gradient_by_monte_carlo(eta):
     """E path_kl and its gradient through a differentiable rollout = the exact KL and its derivative: z-tests. Each
-    sample has its
-    own copy of the parameter, so that its own gradient is seen; 2nd-order rollout, bias from half the steps."""
+    sample has its own copy of the parameter, so its own gradient; 2nd-order rollout, bias from half the steps."""
     p = dataclasses.replace(catalogue.get("gaussian-1d").exact, eta=eta)
     problem, n, fine = p.problem, 4000, grids.uniform(p.problem, 96)
 
@@ -131,7 +130,8 @@ def test_kl_and_its_gradient_by_monte_carlo(eta):
         def policy(t, x, cond=None):
             return p.score(t, x) + theta * (t / problem.horizon)[:, None] * x + 0.6
 
-        path = rollout(problem, policy, times, Noise(3, fine=fine), torch.arange(n), solver=Heun())
+        noise, ids = Noise(3, fine=fine), torch.arange(n)
+        path = rollout(problem, policy, times, noise, ids, solver=Heun(), differentiable=True)
         kl = path_kl(problem, path, policy)
         return kl.detach(), torch.autograd.grad(kl.sum(), theta)[0][:, 0]
 

@@ -10,15 +10,17 @@ from ctrl import (
     Estimate,
     EulerMaruyama,
     Exponential,
+    GaussianPolicy,
     Heun,
+    IsotropicNormal,
     Multistep2,
     Noise,
     Scalar,
     ScoreAsAction,
-    StandardNormal,
     VPLinear,
     fit_order,
     grids,
+    path_kl,
     rollout,
     z_bound,
 )  # fmt: skip
@@ -38,7 +40,7 @@ def test_every_problem_runs(name):
     path = rollout(problem, entry.optimal_policy, times, Noise(0), ids, cond=cond)
     assert path.x.shape == (7, 5, *problem.shape)
     assert path.a.shape[:2] == path.xi.shape[:2] == (6, 5)
-    assert path.integrate(torch.ones(7, 5)).tolist() == pytest.approx([problem.horizon] * 5)
+    assert path.integrate(lambda t, x, c: t.new_ones(5)).tolist() == pytest.approx([problem.horizon] * 5)
     for k in range(6):
         t = times[k].expand(5)
         torch.testing.assert_close(path.a[k], entry.optimal_policy(t, path.x[k], cond))
@@ -99,26 +101,31 @@ def test_chain_of_euler_by_hand():
         assert float(step.gamma[0, 0]) == pytest.approx(variance**0.5, rel=1e-12)
 
 
+def explore(policy, std):
+    """N(policy, std² I)."""
+    return GaussianPolicy(policy, lambda t: Scalar(std))
+
+
 @pytest.mark.parametrize("solver", [EulerMaruyama(), Heun(), Exponential()], ids=str)
 def test_sampled_and_held_actions_leave_the_law_at_order_one(solver):
     """Exploration averages out of the drift: the state's law moves by O(dt), exactly, from the chain's moments."""
     p = catalogue.get("gaussian-1d").exact
     policy, steps, gaps = p.perturbed(-0.3, 0.6), [40, 80, 160, 320], []
     for n in steps:
-        args = p.problem, policy, grids.uniform(p.problem, n), solver, p.initial.mean, p.initial.covariance
-        quiet, exploring = (chain_moments(*args, spread=lambda t, c=c: Scalar(c)) for c in (0.0, 0.7))
+        args = grids.uniform(p.problem, n), solver, p.initial.mean, p.initial.covariance
+        quiet, exploring = (chain_moments(p.problem, explore(policy, c), *args) for c in (0.0, 0.7))
         torch.testing.assert_close(quiet.mean, exploring.mean)
         gaps.append(float((exploring.covariance[-1] - quiet.covariance[-1]).abs()))
     assert fit_order(steps, gaps) == pytest.approx(1, abs=0.1)
 
 
 def test_exploring_rollouts_have_the_exploring_chain_s_moments():
-    """`spread` in a rollout: variance by sampling against the exact chain, and actions scattered by L."""
+    """A GaussianPolicy in a rollout: variance by sampling against the exact chain, and actions scattered by L."""
     p = catalogue.get("gaussian-1d").exact
     policy, times, n = p.perturbed(-0.3, 0.6), grids.uniform(p.problem, 10), 20_000
-    args = p.problem, policy, times, Heun(), p.initial.mean, p.initial.covariance
-    exact, quiet = chain_moments(*args, spread=lambda t: Scalar(1.5)), chain_moments(*args)
-    path = rollout(p.problem, policy, times, Noise(8), torch.arange(n), solver=Heun(), spread=lambda t: Scalar(1.5))
+    exploring, law = explore(policy, 1.5), (p.initial.mean, p.initial.covariance)
+    exact, quiet = (chain_moments(p.problem, a, times, Heun(), *law) for a in (exploring, policy))
+    path = rollout(p.problem, exploring, times, Noise(8), torch.arange(n), solver=Heun())
     x, mean, var = path.x[-1, :, 0], exact.mean[-1, 0], exact.covariance[-1, 0, 0]
     z = [Estimate.of(x).z(mean), Estimate.of((x - mean).square()).z(var)]
     scatter = path.a[4] - policy(times[4].expand(n), path.x[4])
@@ -145,7 +152,7 @@ def test_images_are_states_too():
 
     def problem(shape):
         return ScoreAsAction(
-            VPLinear(), lambda t, x, c: -x, lambda x, c: -x.flatten(1).square().sum(1), StandardNormal(shape), shape
+            VPLinear(), lambda t, x, c: -x, lambda x, c: -x.flatten(1).square().sum(1), IsotropicNormal(shape), shape
         )
 
     flat, image = problem((48,)), problem((3, 4, 4))
@@ -176,6 +183,49 @@ def problem():
 def test_times_are_checked(problem, times):
     with pytest.raises(ValueError, match="times"):
         rollout(problem, problem.reference, times, Noise(0), torch.arange(2))
+
+
+def test_a_late_start_needs_a_state(problem):
+    """The initial law is that of t = 0."""
+    with pytest.raises(ValueError, match="start must be given"):
+        rollout(problem, problem.reference, grids.uniform(problem, 4)[1:], Noise(0), torch.arange(2))
+
+
+def test_half_precision_states_see_float32_times(problem):
+    """1,000 steps are 1,000 times; in bfloat16 they would be about half as many."""
+    seen = []
+
+    def policy(t, x, cond=None):
+        seen.append((t.dtype, float(t[0])))
+        return torch.zeros_like(x)
+
+    path = rollout(problem, policy, grids.uniform(problem, 1000), Noise(0), torch.arange(1), dtype=torch.bfloat16)
+    assert path.x.dtype == torch.bfloat16
+    assert {dtype for dtype, _ in seen} == {torch.float32}
+    assert len({t for _, t in seen}) == 1000
+
+
+def test_policy_precision_does_not_leak(problem):
+    """A policy that answers in float64 does not turn float32 states into float64."""
+    path = rollout(problem, lambda t, x, c: -x.double(), grids.uniform(problem, 3), Noise(0), torch.arange(2),
+                   dtype=torch.float32)  # fmt: skip
+    assert path.x.dtype == path.a.dtype == torch.float32
+
+
+@pytest.mark.parametrize("differentiable", [True, False])
+def test_a_graph_is_kept_on_request_only(problem, differentiable):
+    theta = torch.zeros(2, requires_grad=True)
+    path = rollout(problem, lambda t, x, c: theta - x, grids.uniform(problem, 3), Noise(0), torch.arange(2),
+                   differentiable=differentiable)  # fmt: skip
+    assert path.x.requires_grad is differentiable
+
+
+def test_nodes_of_weight_zero_are_not_visited(problem):
+    """The left sum never looks at the data end, where an eps-network's score may be infinite."""
+    path = rollout(problem, problem.reference, grids.uniform(problem, 4), Noise(0), torch.arange(2))
+    seen = []
+    path.integrate(lambda t, x, c: (seen.append(float(t[0])), t)[1])
+    assert seen == pytest.approx(path.t[:-1].tolist())
 
 
 def test_start_is_checked(problem):
@@ -217,18 +267,23 @@ def test_problem_arguments_are_checked(problem, name, value):
 
 def test_integrand_shape_is_checked(problem):
     path = rollout(problem, problem.reference, grids.uniform(problem, 2), Noise(0), torch.arange(2))
-    with pytest.raises(ValueError, match="h must have shape"):
-        path.integrate(torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="h must return one number a sample"):
+        path.integrate(lambda t, x, c: x)
 
 
 @pytest.mark.gpu
-def test_runs_on_a_gpu():
-    entry = catalogue.get("mixture-2d")
-    times = grids.uniform(entry.problem, 10)
-    cpu, gpu = (
-        rollout(
-            entry.problem, entry.problem.reference, times, Noise(0), torch.arange(8, device=d), solver=Heun()
-        ).x.cpu()
-        for d in ("cpu", "cuda")
-    )
-    torch.testing.assert_close(cpu, gpu, rtol=1e-9, atol=1e-9)
+@pytest.mark.parametrize("name", catalogue.NAMES)
+@pytest.mark.parametrize("solver", SOLVERS[:4], ids=str)
+def test_runs_on_a_gpu(name, solver):
+    """Rollout, optimal policy and exact critic of every problem: the same numbers on both devices."""
+    entry = catalogue.get(name)
+    if solver in SOLVERS[2:] and not isinstance(entry.problem, ScoreAsAction):
+        pytest.skip("exponential steps are for score as action")
+    times, results = grids.uniform(entry.problem, 10), []
+    for device in ("cpu", "cuda"):
+        ids = torch.arange(8, device=device)
+        cond = entry.condition(ids)
+        path = rollout(entry.problem, entry.optimal_policy, times, Noise(0), ids, solver=solver, cond=cond)
+        values = entry.value.value(path.t[5].expand(8), path.x[5], cond)
+        results.append((path.x.cpu(), path_kl(entry.problem, path, entry.optimal_policy).cpu(), values.cpu()))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)

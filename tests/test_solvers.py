@@ -12,10 +12,10 @@ from ctrl import (
     Exact,
     Exponential,
     Heun,
+    IsotropicNormal,
     Multistep2,
     Noise,
     ScoreAsAction,
-    StandardNormal,
     VPTable,
     fit_order,
     grids,
@@ -121,7 +121,7 @@ def table_problem(score, eta=1.0):
         VPTable.scaled_linear(),
         score,
         lambda x, c: x.sum(1),
-        StandardNormal((3,)),
+        IsotropicNormal((3,)),
         (3,),
         eta=eta,
         s_min=1e-3,
@@ -175,6 +175,24 @@ def test_multistep_reproduces_diffusers(algorithm, eta):
         eps = -problem.noising.sigma(s[k]) * wavy_score((problem.s_max - s[k]).expand(4), x)
         x = scheduler.step(eps, timestep, x, variance_noise=path.xi[k] if eta else None).prev_sample
         torch.testing.assert_close(path.x[k + 1], x, rtol=5e-5, atol=5e-5)
+
+
+def test_the_ode_reaches_clean_data(gaussian):
+    """eta = 0, s_min = 0: dlambda is infinite at the last step, and the step still lands on x0hat."""
+    problem = dataclasses.replace(gaussian.problem, s_min=0.0, eta=0.0)
+    times = grids.uniform(problem, 50)
+    path = rollout(problem, problem.reference, times, Noise(0), torch.arange(3), solver=Exponential())
+    last, t = path.x[-2], times[-2].expand(3)
+    torch.testing.assert_close(path.x[-1], problem.x0hat(t, last, problem.reference(t, last)))
+
+
+def test_exact_transitions_take_no_exploration():
+    """A held action cannot steer a closed loop whose action is built in."""
+    lq = catalogue.get("lq-1d").exact.exact
+    policy, problem = lq.optimal_policy(), catalogue.get("lq-1d").problem
+    with pytest.raises(ValueError, match="Exact"):
+        rollout(problem, policy.explore(), grids.uniform(problem, 2), Noise(0), torch.arange(2),
+                solver=Exact(lq.closed_loop(policy)))  # fmt: skip
 
 
 def test_exponential_solvers_need_a_diffusion():

@@ -13,9 +13,9 @@ from ctrl import (
     LINEAR,
     VE,
     Critic,
+    IsotropicNormal,
     RectifiedFlow,
     ScoreAsAction,
-    StandardNormal,
     StructuredCritic,
     VPLinear,
     VPTable,
@@ -47,7 +47,7 @@ def problem(noising, reward=reward, s_min=0.01, s_max=0.95):
         alpha, sigma = column(noising.alpha, t), column(noising.sigma, t)
         return -(x - alpha.to(x) * M.to(x)) / (alpha**2 * C + sigma**2).to(x)
 
-    return ScoreAsAction(noising, score, reward, StandardNormal((3,)), (3,), s_min=s_min, s_max=s_max)
+    return ScoreAsAction(noising, score, reward, IsotropicNormal((3,)), (3,), s_min=s_min, s_max=s_max)
 
 
 def states(n=5, seed=0):
@@ -58,11 +58,24 @@ def close(a, b, rtol=1e-10, atol=1e-10):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
+@pytest.mark.parametrize("name", ["network", "reward"])
+def test_one_number_a_sample(name):
+    """A column (B, 1) would broadcast to (B, B)."""
+    p, x = problem(VPLinear()), states()
+    column = {"network": lambda t, x, c: x[:, :1]}
+    if name == "reward":
+        p = replace(p, reward=lambda x, c: x[:, :1])
+    critic = StructuredCritic(p, column.get(name, lambda t, x, c: x[:, 0]))
+    with pytest.raises(ValueError, match=name):
+        critic.value(torch.zeros(len(x)), x)
+
+
 @every
 @pytest.mark.parametrize("skip", [COSINE, LINEAR])
 @pytest.mark.parametrize("s_min", [0.0, 0.01])
 def test_at_the_data_end_it_is_the_reward(noising, skip, s_min):
     """V(T, x) = r(x), the clean end included: there x0hat = x, c_skip = 1 and c_out = 0."""
+    s_min = s_min or 1e-9 * isinstance(noising, RectifiedFlow)  # whose g² vanishes at 0
     p, x = problem(noising, s_min=s_min), states()
     critic, T = StructuredCritic(p, network, skip), torch.full((5,), p.horizon)
     close(critic.value(T, x), reward(x, None), 1e-12, 1e-12)

@@ -11,14 +11,12 @@ the solver as it is used, and no formula is written twice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ctrl.gaussian import Mean
-from ctrl.linop import LinOp
+from ctrl.gaussian import GaussianPolicy, Mean
 from ctrl.problem import Problem
 from ctrl.solvers import Act, Solver, held
 
@@ -41,46 +39,40 @@ class ChainMoments:
     steps: list[AffineStep]
 
 
-def affine_steps(
-    problem: Problem, policy: Mean, times: Tensor, solver: Solver, spread: Callable[[Tensor], LinOp] | None = None
-) -> list[AffineStep]:
-    """The affine maps of the N steps of a grid (N+1,). With a spread, actions are drawn and held as in
-    `ctrl.rollout`."""
+def affine_steps(problem: Problem, policy: Mean | GaussianPolicy, times: Tensor, solver: Solver) -> list[AffineStep]:
+    """The affine maps of the N steps of a grid (N+1,). As in `ctrl.rollout`, a `GaussianPolicy` explores."""
     (d,) = problem.shape
-    zero = torch.zeros(1, d, dtype=torch.float64)
-    m = policy(times[:1], zero, None).shape[1] if spread else 0
+    mean = policy.mean if isinstance(policy, GaussianPolicy) else policy
+    m = 0
+    if isinstance(policy, GaussianPolicy):
+        m = mean(times[:1], torch.zeros(1, d, dtype=torch.float64), None).shape[1]
     basis = torch.cat([torch.zeros(1, 3 * d + m), torch.eye(3 * d + m)]).double()
     x, memory, xi, exploration = basis.split([d, d, d, m], dim=1)
 
     def act(t: Tensor, x: Tensor) -> Tensor:
-        return policy(t.expand(len(x)), x, None)
+        return mean(t.expand(len(x)), x, None)
 
     steps = []
     for k, c in enumerate(solver.plan(problem, times)):
         a = act(times[k], x)
         stage: Act = act
-        if spread is not None:
-            a = a + spread(times[k]).apply(exploration)
+        if isinstance(policy, GaussianPolicy):
+            a = a + policy.root(times[k]).apply(exploration)
             stage = held(a)
-        x1, m1 = solver.step(problem, c, x, a, xi, stage, memory if k else None)
-        z = torch.cat([x1, torch.zeros_like(x1) if m1 is None else m1], 1)
+        after = solver.step(problem, c, x, a, xi, stage, memory if k else None)
+        carried = solver.carry(c, x, a)
+        z = torch.cat([after, torch.zeros_like(after) if carried is None else carried], 1)
         columns = (z[1:] - z[0]).mT
         steps.append(AffineStep(columns[:, : 2 * d], z[0], columns[:, 2 * d :]))
     return steps
 
 
 def chain_moments(
-    problem: Problem,
-    policy: Mean,
-    times: Tensor,
-    solver: Solver,
-    mean0: Tensor,
-    cov0: Tensor,
-    spread: Callable[[Tensor], LinOp] | None = None,
+    problem: Problem, policy: Mean | GaussianPolicy, times: Tensor, solver: Solver, mean0: Tensor, cov0: Tensor
 ) -> ChainMoments:
     """Moments of the chain started at N(mean0, cov0); float64."""
     (d,) = problem.shape
-    steps = affine_steps(problem, policy, times, solver, spread)
+    steps = affine_steps(problem, policy, times, solver)
     m = torch.cat([mean0, torch.zeros_like(mean0)])
     C = torch.block_diag(cov0, torch.zeros_like(cov0))
     means, covariances = [mean0], [cov0]

@@ -84,10 +84,11 @@ class GaussianDiffusion:
                 f"mu and reward.h must have shape {(len(self.C),)}, got {tuple(self.mu.shape)} and "
                 f"{tuple(self.reward.h.shape)}"
             )
-        precision = torch.linalg.inv(self.marginal(self.s_min).covariance) + self.reward.G / self.beta
-        if float(torch.linalg.eigvalsh(precision).min()) <= 0:
+        _, _, w = self.transition(torch.tensor(self.s_max, dtype=torch.float64))  # the widest posterior of Y_T
+        G, _ = self._reward(w)
+        if float(torch.linalg.eigvalsh(torch.eye(len(w)) + w.sqrt()[:, None] * G * w.sqrt()).min()) <= 0:
             raise ValueError(
-                "reward.G: E e^{r/beta} is infinite; the data's precision plus G/beta must be positive definite"
+                "reward.G: E[e^{r/beta} | Y_0] is infinite: posterior precision + G/beta must be positive definite"
             )
 
     @cached_property
@@ -108,7 +109,7 @@ class GaussianDiffusion:
 
     def score(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """-V_s^-1 (x - alpha mu) at s = s_max - t, (B, d)."""
-        alpha, v = self.variances((self.s_max - t).clamp(min=self.s_min).to(x.dtype))
+        alpha, v = self.variances(self.problem.s(t).to(x.dtype))
         U = self.axes[1].to(x)
         return -(((x - alpha * self.mu.to(x)) @ U) / v) @ U.mT
 
@@ -128,7 +129,7 @@ class GaussianDiffusion:
     def transition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(phi, shift, variance) of Y_T | Y = y at s under the reference: N(phi y + shift, variance) in U's basis,
         (B, d)."""
-        end = torch.as_tensor(self.s_min, dtype=s.dtype)
+        end = torch.as_tensor(self.s_min, dtype=s.dtype, device=s.device)
         alpha, v = self.variances(s)
         alpha_m, v_m = self.variances(end)
         relative = (v_m / alpha_m.square()) / (v / alpha.square())
@@ -251,5 +252,4 @@ class GaussianValue(Critic):
 
     def _times(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """The distinct forward times and which of them each sample has: in a rollout there is one."""
-        p = self.diffusion
-        return torch.unique((p.s_max - t).clamp(min=p.s_min).to(x.dtype), return_inverse=True)
+        return torch.unique(self.diffusion.problem.s(t).to(x.dtype), return_inverse=True)

@@ -388,7 +388,7 @@ class LQProblem(Problem):
     def penalty(self, t: Tensor) -> LinOp:
         return Matrix(self.R)
 
-    def state_cost(self, t: Tensor, x: Tensor) -> Tensor:
+    def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         return (x @ self.Q.to(x) * x).sum(1) / 2
 
     def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:

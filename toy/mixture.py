@@ -102,6 +102,8 @@ def log_prob(mixture: Mixture, x: Tensor) -> Tensor:
 def tilt(p: Mixture, reward: Reward, beta: float) -> tuple[Mixture, Tensor]:
     """(p e^{r/beta} / Z, log Z)."""
     if isinstance(reward, LogRatioReward):
+        if any(not torch.equal(u, v) for u, v in ((reward.p.w, p.w), (reward.p.mu, p.mu), (reward.p.C, p.C))):
+            raise ValueError("reward.p is not the law of the data at s_min: take `MixtureDiffusion.p.at(s_min)`")
         if reward.scale != beta:
             raise ValueError(f"reward.scale = {reward.scale} differs from beta = {beta}: q^(scale/beta) is no mixture")
         return reward.q, torch.zeros((), dtype=p.mu.dtype)
@@ -200,13 +202,9 @@ class MixtureDiffusion:
         """The noised data: p_s."""
         return Noised(self.data, self.noising, None)
 
-    def s(self, t: Tensor) -> Tensor:
-        """s_max - t."""
-        return (self.s_max - t).clamp(min=self.s_min)
-
     def score(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """The reference: grad log p_s, (B, d)."""
-        return self.p.score(self.s(t), x)
+        return self.p.score(self.problem.s(t), x)
 
     @cached_property
     def initial(self) -> Mixture:
@@ -239,16 +237,16 @@ class MixtureDiffusion:
 
     def optimal_policy(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """a* = the score of the tilted mixture, (B, d)."""
-        return self.tilted[0].score(self.s(t), x)
+        return self.tilted[0].score(self.problem.s(t), x)
 
     def sample_optimum(self, noise: Noise, ids: Tensor, cond: Any = None) -> Tensor:
         """Y_T under the optimal control, exactly: Y_0 from the initial law, then the tilted posterior given Y_0, (B,
         d)."""
         y = self.initial(noise, ids)
-        w, means, C = self.tilted[0].posterior(torch.full((len(ids),), self.s_max, dtype=y.dtype), y)
+        w, means, C = self.tilted[0].posterior(y.new_full((len(ids),), self.s_max), y)
         u = noise.uniform(ids, (1,), INITIAL, 2)
         i = torch.searchsorted(w.cumsum(1), u)[:, 0].clamp(max=w.shape[1] - 1)
-        rows = torch.arange(len(ids))
+        rows = torch.arange(len(ids), device=ids.device)
         xi = noise.normal(ids, self.problem.shape, INITIAL, 3)
         return means[rows, i] + (torch.linalg.cholesky(C[rows, i]) @ xi[..., None])[..., 0]
 
@@ -279,12 +277,12 @@ class MixtureValue(Critic):
     log_z: Tensor
 
     def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        s = self.diffusion.s(t)
+        s = self.diffusion.problem.s(t)
         ratio = self.tilted.log_prob(s, x) - self.diffusion.p.log_prob(s, x)
         return self.diffusion.beta * (self.log_z.to(x) + ratio)
 
     def grad(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        s = self.diffusion.s(t)
+        s = self.diffusion.problem.s(t)
         return self.diffusion.beta * (self.tilted.score(s, x) - self.diffusion.p.score(s, x))
 
 
@@ -331,6 +329,8 @@ class GuidedMixture:
     def _by_class(self, f: Any, cond: Tensor, *args: Tensor) -> Tensor:
         if cond is None or cond.dtype.is_floating_point or not bool(((cond >= 0) & (cond < len(self.classes))).all()):
             raise ValueError(f"cond must hold classes 0 ... {len(self.classes) - 1}")
+        if len(cond) != len(args[-1]):
+            raise ValueError(f"cond must hold one class for each of the {len(args[-1])} samples, got {len(cond)}")
         out: Tensor | None = None
         for c, diffusion in enumerate(self.classes):
             rows = (cond == c).nonzero()[:, 0]
@@ -342,7 +342,7 @@ class GuidedMixture:
 
     def score(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """The guided reference, combined from the null class and the class as a guided network does, (B, d)."""
-        s = self.base.s(t)
+        s = self.base.problem.s(t)
         alpha = self.base.noising.alpha(s).to(x)[:, None]
         null = self.base.p.score(s, x)
         of_class = self.base.p.score(s, x - alpha * self.shifts.to(x)[cond])
@@ -372,8 +372,9 @@ class GuidedMixture:
 
     def J_optimal(self) -> Estimate:
         """J* over classes drawn evenly."""
-        means = torch.stack([d.J_optimal().mean for d in self.classes])
-        return Estimate(means.mean(), torch.zeros_like(means[0]), len(means))
+        of_class = [d.J_optimal() for d in self.classes]  # on common samples: their errors may add up
+        mean, stderr = (torch.stack([getattr(J, name) for J in of_class]).mean() for name in ("mean", "stderr"))
+        return Estimate(mean, stderr, of_class[0].n)
 
 
 @dataclass(frozen=True)

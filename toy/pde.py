@@ -38,7 +38,7 @@ from scipy.integrate import OdeSolution, solve_ivp
 from torch import Tensor
 
 from ctrl.gaussian import GaussianPolicy, Mean
-from ctrl.problem import Problem, ScoreAsAction, StandardNormal
+from ctrl.problem import IsotropicNormal, Problem, ScoreAsAction
 from ctrl.value import Critic
 
 Array = NDArray[np.float64]
@@ -316,7 +316,7 @@ def expectation(
 
 def objective(problem: Problem, value: Solution, log_density: Density | None = None) -> float:
     """J = integral of p_0(x) V(0, x) dx, trapezoid on the mesh. Without `log_density`, p_0 = N(0, std²) is read from
-    the problem's `StandardNormal`."""
+    the problem's `IsotropicNormal`."""
     return float(_average(problem, value.field, log_density))
 
 
@@ -375,14 +375,14 @@ def _dynamics(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor
     if a.shape != x.shape:
         raise ValueError(f"policy must return the shape of x, {tuple(x.shape)}, got {tuple(a.shape)}")
     b = problem.drift(t, x) + problem.control(t).apply(a)
-    return b, problem.noise(t).apply(torch.ones_like(x)).square()
+    return b, problem.diffusion(t).apply(torch.ones_like(x)).square()
 
 
 def _check_problem(problem: Problem) -> None:
     if tuple(problem.shape) != (1,):
         raise ValueError(f"problem must be one-dimensional, shape (1,), got {tuple(problem.shape)}")
     middle, one = torch.full((1,), problem.horizon / 2, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
-    if float(problem.noise(middle).apply(one)) == 0:
+    if float(problem.diffusion(middle).apply(one)) == 0:
         raise ValueError("problem has no noise (eta = 0): the equation is not parabolic; take eta > 0")
 
 
@@ -398,7 +398,7 @@ def _average(problem: Problem, field: _Field, log_density: Density | None) -> Te
 
 
 def _initial_density(problem: Problem) -> Density:
-    if not (isinstance(problem, ScoreAsAction) and isinstance(problem.law, StandardNormal)):
-        raise ValueError("log_density must be given: the problem's initial law is not a StandardNormal")
+    if not (isinstance(problem, ScoreAsAction) and isinstance(problem.law, IsotropicNormal)):
+        raise ValueError("log_density must be given: the problem's initial law is not a IsotropicNormal")
     normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), problem.law.std)
     return lambda x: normal.log_prob(x)[:, 0]
