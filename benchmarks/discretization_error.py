@@ -105,7 +105,7 @@ def chain_errors(case: Case, solver: Solver, grid: str, calls: int) -> dict[str,
         problem, solver, times, chain_moments(problem, case.policy, times, solver, p.initial.mean, p.initial.covariance)
     )
     estimates = {
-        "reward": (problem.terminal_reward(path.x[-1]), case.reward),
+        "reward": (problem.reward(path.x[-1], path.cond), case.reward),
         "kl": (path_kl(problem, path, case.policy), case.kl),
     }
     if isinstance(solver, Exponential):

@@ -91,15 +91,15 @@ class Setting:
 
     def bare(self, calls: int) -> None:
         """The score calls and the normals of a rollout, and nothing else."""
-        x = self.problem.initial(self.noise, self.ids).to(self.dtype)
+        x = self.problem.initial(self.noise, self.ids, None).to(self.dtype)
         t = self.times.to(self.dtype)[:, None].expand(-1, len(self.ids)).unbind()
         for k, _ in enumerate(self.noise.path(self.ids, self.problem.shape, self.times, self.problem.clock)):
             for stage in range(calls):
-                self.problem.reference(t[k + stage], x)
+                self.problem.reference(t[k + stage], x, None)
 
     def torchsde(self) -> Tensor:
         """The same process by torchsde's Euler-Maruyama."""
-        start = self.problem.initial(self.noise, self.ids).to(self.dtype)
+        start = self.problem.initial(self.noise, self.ids, None).to(self.dtype)
         ends, dt = self.times[[0, -1]].to(self.dtype), self.problem.horizon / (len(self.times) - 1)
         sde = TorchSDE(self.problem, self.problem.reference)
         return torchsde.sdeint(sde, start, ends, dt=dt, method="euler")

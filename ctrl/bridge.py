@@ -1,8 +1,7 @@
 """Hand any problem and policy to torchsde, and take its solution back as a Trajectory.
 
 torchsde (Li et al. 2020, arXiv 2001.01328) knows dY = f dt + g dW on (B, d). In the noise's clock S(t) dW = L dW~, so
-with
-g = L and a Brownian motion read through the clock, torchsde's Euler sees the same increments as ours and agrees to
+with g = L and a Brownian motion read through the clock, torchsde's Euler sees the same increments as ours and agrees to
 rounding; without the clock it takes S(t_k) dW, and agrees to its order.
 """
 

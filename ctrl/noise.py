@@ -82,8 +82,7 @@ class Noise:
         """Yield xi_k, (B, *shape): the increments of one Brownian path W in `clock` over the grid, standardised.
 
         W(clock(t_{k+1})) - W(clock(t_k)) = sqrt(clock(t_{k+1}) - clock(t_k)) xi_k. A coarse increment is exactly the
-        sum of
-        the fine ones it spans.
+        sum of the fine ones it spans.
         """
         fine = (times if self.fine is None else self.fine.to(times)).contiguous()
         index = torch.searchsorted(fine, times.contiguous())

@@ -4,9 +4,8 @@
     J  = E[ e^{-rho T} r(X_T) - integral of e^{-rho t} c(t, X, a) dt ],
     c  = l(t, x) + ½ <a - a_ref(t, x), R(t) (a - a_ref(t, x))>  (- gamma Ent(pi) if the policy explores).
 
-B, S and R are linear operators (a scalar or a matrix). The noise runs in its own clock, S(t) dW = L dW~(clock(t))
-with a
-constant L, so that increments carry the exact integral of S². With R = beta (S^-1 B)'(S^-1 B) the action's cost is
+B, S and R are linear operators (a scalar or a matrix). The noise runs in its own clock, S(t) dW = L dW~(clock(t)) with
+a constant L, so that increments carry the exact integral of S². With R = beta (S^-1 B)'(S^-1 B) the action's cost is
 beta times the rate of path KL (Girsanov), and that is score as action (arXiv 2502.01819).
 """
 
@@ -36,15 +35,19 @@ class Problem(ABC):
     """A controlled diffusion with a quadratic price on actions. Times t are () or (B,); states x are (B, *D)."""
 
     horizon: float
+    """T."""
     shape: Sequence[int]
+    """*D."""
+    initial: Initial
+    """The law of X_0."""
+    reference: Mean
+    """a_ref(t, x, cond): the action that costs nothing."""
+    reward: Reward
+    """r(X_T, cond)."""
     gamma: float = 0.0
     """Entropy temperature of an exploratory policy, in units of reward per nat."""
     discount: float = 0.0
     """rho, per unit of time."""
-
-    @abstractmethod
-    def initial(self, noise: Noise, ids: Tensor, cond: Any = None) -> Tensor:
-        """X_0 for the samples `ids`, (B, *D)."""
 
     @abstractmethod
     def drift(self, t: Tensor, x: Tensor) -> Tensor:
@@ -68,16 +71,8 @@ class Problem(ABC):
         """The constant L of S(t) dW = L dW~(clock)."""
 
     @abstractmethod
-    def reference(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        """a_ref(t, x): the action that costs nothing."""
-
-    @abstractmethod
     def penalty(self, t: Tensor) -> LinOp:
         """R(t), symmetric positive definite."""
-
-    @abstractmethod
-    def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:
-        """r(X_T), (B,)."""
 
     def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """l(t, x), (B,)."""
@@ -127,9 +122,9 @@ class ScoreAsAction(Problem):
 
     Attributes:
         noising: alpha, sigma, g² on the forward clock s.
-        reference_score: the pretrained model's score s_ref(t, x, cond): (B,), (B, *D) -> (B, *D).
+        reference: the pretrained model's score s_ref(t, x, cond): (B,), (B, *D) -> (B, *D).
         reward: r(x, cond), (B, *D) -> (B,), at the data end s_min.
-        law: the initial law; N(0, I) and p_{s_max} differ, and the difference is part of the problem.
+        initial: the law of Y_0; N(0, I) and p_{s_max} differ, and the difference is part of the problem.
         shape: D.
         beta: KL weight, in units of reward per nat.
         eta: how much noise the reverse process takes.
@@ -138,9 +133,9 @@ class ScoreAsAction(Problem):
     """
 
     noising: Noising
-    reference_score: Mean
+    reference: Mean
     reward: Reward
-    law: Initial
+    initial: Initial
     shape: Sequence[int]
     beta: float = 1.0
     eta: float = 1.0
@@ -170,9 +165,6 @@ class ScoreAsAction(Problem):
         """The forward time s = s_max - t, kept within [s_min, s_max] against rounding."""
         return (self.s_max - t).clamp(self.s_min, self.s_max)
 
-    def initial(self, noise: Noise, ids: Tensor, cond: Any = None) -> Tensor:
-        return self.law(noise, ids, cond)
-
     def drift(self, t: Tensor, x: Tensor) -> Tensor:
         return -broadcast(self.noising.f(self.s(t)), x) * x
 
@@ -194,16 +186,10 @@ class ScoreAsAction(Problem):
     def root(self) -> LinOp:
         return Scalar(self.eta)
 
-    def reference(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        return self.reference_score(t, x, cond)
-
     def penalty(self, t: Tensor) -> LinOp:
         if self.eta == 0:
             raise ValueError("eta = 0 is an ODE: path KL, V and log-densities do not exist; take eta > 0")
         return Scalar(self.beta * (1 + self.eta**2) ** 2 / (4 * self.eta**2) * self.rate(t))
-
-    def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:
-        return self.reward(x, cond)
 
     def x0hat(self, t: Tensor, x: Tensor, score: Tensor) -> Tensor:
         """The Tweedie mean E[X_{s_min} | X_s = x] under the given score; x itself at the data end."""

@@ -86,8 +86,7 @@ def martingale_residual(
 
 def td_residual(problem: Problem, trajectory: Trajectory, value: Tensor, cost: Tensor) -> Tensor:
     """V_{k+1} - V_k - integral of (c + rho V) dt over a step, (N, B): the increment of the martingale, with the
-    trajectory's own
-    quadrature. value, cost: (N+1, B)."""
+    trajectory's own quadrature. value, cost: (N+1, B)."""
     same_shape(value=value, cost=cost, nodes=trajectory.x.flatten(2)[..., 0])
     return value.diff(dim=0) - _over_steps(trajectory, cost + problem.discount * value)
 

@@ -5,9 +5,8 @@ Two processes that share S and differ in drift by B (a - a'):
     KL(P || P') = E_P of the integral of ½ |S^-1 B (a - a')|² dt.
 
 For score as action this is ((1 + eta²)²/(8 eta²)) E of the integral of g² |a - a'|² dt, least at eta = 1 for a given
-difference of
-scores, undefined at eta = 0, and the same in every parametrisation of time. KL of terminal laws is at most this.
-`Gaussian.kl` and `Gaussian.entropy` are the closed forms for marginals and policies.
+difference of scores, undefined at eta = 0, and the same in every parametrisation of time. KL of terminal laws is at
+most this. `Gaussian.kl` and `Gaussian.entropy` are the closed forms for marginals and policies.
 """
 
 from __future__ import annotations

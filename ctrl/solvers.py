@@ -2,8 +2,7 @@
 
 A solver plans the coefficients of all steps at once (`plan`), then takes them one by one (`step`). xi is the
 standardised increment of the driving path over the step, so the noise carries the exact integral of g²; a = act(t_k,
-x_k)
-is given, and `act` evaluates the policy at further stages. `memory` is what a multistep method carries along.
+x_k) is given, and `act` evaluates the policy at further stages. `memory` is what a multistep method carries along.
 
 A solver whose step is Gaussian given the past (`GaussianStep`) says so by its `transition`; the density of a discrete
 chain, and with it likelihood ratios, exists for these alone.

@@ -63,7 +63,7 @@ class StructuredCritic(Critic):
     def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         u = (1 - t / self.problem.horizon).clamp(0, 1).to(x.dtype)
         x0hat = self.problem.x0hat(t, x, self.problem.reference(t, x, cond))
-        reward, correction = self.problem.terminal_reward(x0hat, cond), self.network(t, x, cond)
+        reward, correction = self.problem.reward(x0hat, cond), self.network(t, x, cond)
         same_shape(reward=reward, network=correction, u=u)
         if torch.is_grad_enabled() and x.requires_grad and not reward.requires_grad:  # or grad V lacks its part
             raise ValueError("the reward is not differentiable in x, so V has values, but no gradient")

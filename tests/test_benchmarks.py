@@ -106,7 +106,7 @@ def test_both_sides_of_a_pair_call_the_score_as_often(solver):
     """And so does torchsde, beyond its one look at the shapes: no sliver of a step is left over."""
     calls = 0
     setting = rollout.Setting.of(rollout.Options(batch=2), rollout.TORCHSDE_STEPS, torch.float32)
-    score = setting.problem.reference_score
+    score = setting.problem.reference
 
     def counted(t, x, cond=None):
         nonlocal calls
@@ -114,7 +114,7 @@ def test_both_sides_of_a_pair_call_the_score_as_often(solver):
         assert x.dtype == torch.float32
         return score(t, x, cond)
 
-    object.__setattr__(setting.problem, "reference_score", counted)
+    object.__setattr__(setting.problem, "reference", counted)
     counts = []
     for run in (lambda: setting.rollout(solver), lambda: setting.bare(solver.calls), setting.torchsde):
         calls = 0

@@ -81,8 +81,7 @@ def test_constant_noise_needs_no_clock():
 
 def test_adaptive_steps_come_back_as_a_trajectory():
     """An adaptive torchsde method at tight tolerance solves the probability-flow ODE as a fine Heun does; at times
-    between its
-    steps torchsde interpolates, which at its step of ~1e-2 leaves h² |y''|/8 ~ 1e-3."""
+    between its steps torchsde interpolates, which at its step of ~1e-2 leaves h² |y''|/8 ~ 1e-3."""
     problem = dataclasses.replace(catalogue.get("mixture-2d").problem, eta=0.0)
     times, ids = grids.uniform(problem, 4), torch.arange(5)
     start = problem.initial(Noise(0), ids)

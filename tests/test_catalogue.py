@@ -36,7 +36,7 @@ def test_the_optimum_is_greedy_for_its_own_value(name):
     best = greedy(problem, t, problem.reference(t, x, cond), entry.value.grad(t, x, cond))
     torch.testing.assert_close(entry.optimal_policy(t, x, cond), best, rtol=1e-8, atol=1e-8)
     end = torch.full_like(t, problem.horizon)
-    reward = problem.terminal_reward(x, cond)
+    reward = problem.reward(x, cond)
     torch.testing.assert_close(entry.value.value(end, x, cond), reward, rtol=1e-8, atol=1e-8)
 
 

@@ -32,9 +32,9 @@ uneven = st.lists(st.floats(0.01, 1), min_size=1, max_size=12)
 def problem(noising, s_min=1e-2, s_max=0.9):
     return ScoreAsAction(
         noising,
-        reference_score=lambda t, x, c: -x,
+        reference=lambda t, x, c: -x,
         reward=lambda x, c: x.sum(1),
-        law=IsotropicNormal((1,)),
+        initial=IsotropicNormal((1,)),
         shape=(1,),
         s_min=s_min,
         s_max=s_max,

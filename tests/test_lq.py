@@ -68,7 +68,7 @@ def test_value_solves_its_equation(problem, seed):
     scale = 1 + critic.value(t, x).abs() + time_derivative(lambda u: critic.value(u, x), t).abs()
     assert float((residual / scale).abs().max()) < 1e-8
     end = torch.full_like(t, problem.horizon)
-    torch.testing.assert_close(critic.value(end, x), problem.terminal_reward(x), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(critic.value(end, x), problem.reward(x), rtol=1e-12, atol=1e-12)
 
 
 @given(lqs(), SEEDS)
@@ -279,7 +279,7 @@ def test_value_by_monte_carlo(name):
         c = c + problem.penalty(t).trace_of(law.root, law.dim) / 2 - problem.gamma * law.entropy()
         return torch.exp(-problem.discount * t) * c
 
-    reward = torch.exp(-problem.discount * times[-1]) * problem.terminal_reward(path.x[-1])
+    reward = torch.exp(-problem.discount * times[-1]) * problem.reward(path.x[-1])
     total = reward - path.integrate(cost)
     truth = entry.value.value(torch.zeros(1), problem.mean0[None])[0]
     estimate = Estimate.of(total)

@@ -186,8 +186,7 @@ def truth_of(mixture):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.6])
 def test_marginals_are_kept_at_every_eta(eta):
     """Y_0 ~ p_{s_max}, a = the score: Y_T ~ p_{s_min} at every eta; z-tests on features. Heun's bias, from half the
-    steps on
-    the same initial states, stays under a third of a standard error."""
+    steps on the same initial states, stays under a third of a standard error."""
     p = dataclasses.replace(catalogue.get("mixture-2d").exact, eta=eta, start=None)
     n, fine = 10_000, grids.log_snr(p.problem, 240)
     noise = Noise(seed=11, fine=fine)
@@ -214,7 +213,7 @@ def test_J_optimal_by_monte_carlo(name):
         def cost(t, x, c):
             return problem.running_cost(t, x, entry.optimal_policy(t, x, c), problem.reference(t, x, c))
 
-        return problem.terminal_reward(path.x[-1], cond) - path.integrate(cost)
+        return problem.reward(path.x[-1], cond) - path.integrate(cost)
 
     full, half = total(fine), total(fine[::2])
     estimate, bias = Estimate.of(full), float((full - half).mean().abs())

@@ -161,7 +161,7 @@ class Regulator(Problem):
     def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         return self.Q * x[:, 0] ** 2 / 2
 
-    def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:
+    def reward(self, x: Tensor, cond: Any = None) -> Tensor:
         return -self.G * x[:, 0] ** 2 / 2 + self.h * x[:, 0]
 
     def exact(self, t: Tensor, x: Tensor, K: float | None = None, k: float = 0.0, Sigma: float = 1.0) -> Tensor:
@@ -252,7 +252,7 @@ def test_objective_is_the_average_of_the_value() -> None:
     t, x = torch.zeros(1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
     mean, v = end_given(1.0, t, x)
     slope = end_given(1.0, t, x + 1)[0] - mean
-    narrow = dataclasses.replace(problem, law=IsotropicNormal((1,), 0.7))
+    narrow = dataclasses.replace(problem, initial=IsotropicNormal((1,), 0.7))
     moved = objective(problem, V, lambda x: torch.distributions.Normal(0.3, number(0.5)).log_prob(x)[:, 0])
     for J, m, std in ((objective(problem, V), 0.0, 1.0), (objective(narrow, V), 0.0, 0.7), (moved, 0.3, 0.5)):
         assert abs(J + float((mean + m * slope - 1.5) ** 2 + slope**2 * std**2 + v) / 2) < V.error

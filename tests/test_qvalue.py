@@ -74,8 +74,7 @@ def test_greedy_policy_explores_at_gamma_over_R():
 @pytest.mark.parametrize("discount", [0.0, 0.5])
 def test_martingale_and_td_residuals(discount):
     """On policy, with the exact V, both residuals have mean zero at every node, but for their quadrature (z-tests,
-    exact
-    transitions). With a wrong V (that of another discount) they do not: the test has the power to see it."""
+    exact transitions). With a wrong V (that of another discount) they do not: the test has the power to see it."""
     base = dataclasses.replace(catalogue.get("lq-1d").exact, gamma=0.0, discount=discount)
     lq = base.exact
     policy, n, times = lq.reference, 20_000, grids.uniform(base, 64)
@@ -84,7 +83,7 @@ def test_martingale_and_td_residuals(discount):
 
     def residual_z(value):
         v = path.at_nodes(value.value)
-        reward = base.terminal_reward(path.x[-1])
+        reward = base.reward(path.x[-1])
         whole, step = martingale_residual(base, path, reward, v, cost), td_residual(base, path, v, cost)
         assert float(whole[-1].abs().max()) < 1e-12  # V(T, .) = r
         return torch.cat([Estimate.of(r.T).z(0.0) for r in (whole[:-1], step)])
@@ -99,8 +98,7 @@ def test_martingale_and_td_residuals(discount):
 
 def test_residuals_vanish_along_noiseless_paths():
     """S -> 0: along the flow e^{-rho t} V - integral of e^{-rho t} c is constant, so both residuals are the error of
-    the
-    trajectory's quadrature: order 2 with the trapezoid, 1 with the left sum."""
+    the trajectory's quadrature: order 2 with the trapezoid, 1 with the left sum."""
     base = catalogue.get("lq-1d").exact
     base = dataclasses.replace(base, S=torch.tensor([[1e-9]]), gamma=0.0, discount=0.7)
     lq = base.exact
@@ -111,7 +109,7 @@ def test_residuals_vanish_along_noiseless_paths():
         path = rollout(base, policy, times, Noise(1), torch.arange(4), solver=Exact(lq.closed_loop(policy)))
         path = dataclasses.replace(path, w=quadrature(base, times))
         cost = path.at_nodes(lambda t, x, c: base.running_cost(t, x, policy(t, x), base.reference(t, x)))
-        v, reward = path.at_nodes(lq.optimal_value().value), base.terminal_reward(path.x[-1])
+        v, reward = path.at_nodes(lq.optimal_value().value), base.reward(path.x[-1])
         whole, step = martingale_residual(base, path, reward, v, cost), td_residual(base, path, v, cost)
         return torch.stack([whole.abs().max(), step.abs().sum(0).max()])
 

@@ -150,8 +150,7 @@ def test_kl_and_its_gradient_by_monte_carlo(eta):
 @pytest.mark.parametrize("solver", [DDIM(1.0), Exponential()], ids=str)
 def test_kl_of_the_ddim_chain_is_not_the_kl(solver):
     """At ddim_eta = 1 the chain's own KL is ½ (e^{dlambda} - 1) |d eps|² a step, against ½ dlambda |d eps|²: it blows
-    up
-    where lambda moves fast, at the data end, and only agrees as dlambda -> 0."""
+    up where lambda moves fast, at the data end, and only agrees as dlambda -> 0."""
     p = catalogue.get("gaussian-1d").exact
     problem = p.problem
 

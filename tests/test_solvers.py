@@ -90,8 +90,7 @@ def test_exact_transitions_have_no_error_at_any_step(name):
 @pytest.mark.parametrize("solver", [EulerMaruyama(), Heun(), Exponential()], ids=str)
 def test_strong_order_one_on_a_shared_path(solver):
     """Root-mean-square distance to a fine solution on the same Brownian path, nonlinear policy; the next strong order
-    is
-    1.5. (2M claims weak order only.)"""
+    is 1.5. (2M claims weak order only.)"""
     problem = dataclasses.replace(catalogue.get("gaussian-1d").problem, s_min=0.05)
 
     def policy(t, x, cond=None):

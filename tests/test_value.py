@@ -193,7 +193,7 @@ def test_a_black_box_reward_does_not_stop_the_critics_own_fit():
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
     p = problem(VPLinear(), BLACK_BOXES["elsewhere"])
-    learned = replace(p, reference_score=lambda t, x, cond: p.reference(t, x, cond) + net(x))
+    learned = replace(p, reference=lambda t, x, cond: p.reference(t, x, cond) + net(x))
     critic = StructuredCritic(learned, lambda t, x, cond: net(x)[:, 0])
     critic.value(torch.zeros(5), states()).sum().backward()
     close(net.weight.grad, states().sum(0, keepdim=True))

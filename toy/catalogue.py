@@ -165,8 +165,7 @@ def mixture_2d_rare_mode() -> Entry:
 
 def mixture_2d_conditional() -> Entry:
     """Three classes that move x_1 by -2, 0.5 and 2, guided at weight 1.5; two modes in x_2 common to all; each class
-    has
-    its own target."""
+    has its own target."""
     data = Mixture(
         _f64([0.6, 0.4]), _f64([[0.0, -1.0], [0.0, 1.0]]), _f64([[[0.2, 0], [0, 0.05]], [[0.2, 0], [0, 0.1]]])
     )

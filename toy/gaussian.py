@@ -1,17 +1,15 @@
 """Gaussian data N(mu, C) under score as action, with r(x) = -½ x'Gx + h'x + r0: in closed form for every eta > 0.
 
-X_s has covariance V_s = alpha² C + sigma² I and score -V_s^-1 (x - alpha mu). Under this reference the reverse
-process of
-the eta family is linear, and because d log(V_s/alpha²)/ds = g² V_s^-1 its transition to the data end s_min integrates
-to
+X_s has covariance V_s = alpha² C + sigma² I and score -V_s^-1 (x - alpha mu). Under this reference the reverse process
+of the eta family is linear, and because d log(V_s/alpha²)/ds = g² V_s^-1 its transition to the data end s_min
+integrates to
 
     Y_T | Y_t = y ~ N(alpha_m mu + rho (V_m/V_s)^½ (y - alpha_s mu), (1 - rho²) V_m),
     rho = [(C + e^{-lambda_m})/(C + e^{-lambda_s})]^{eta²/2},
 
 all matrices functions of C. Hence V*(t, y) = beta log E[e^{r(Y_T)/beta} | Y_t = y] is a Gaussian integral, and so is
-the
-law that the optimal control leaves at T from any Gaussian start: the tilted law is reached only as rho -> 0 (memoryless
-noise), and rho = 1 changes nothing (the value-function bias; Domingo-Enrich et al. 2024, arXiv 2409.08861).
+the law that the optimal control leaves at T from any Gaussian start: the tilted law is reached only as rho -> 0
+(memoryless noise), and rho = 1 changes nothing (the value-function bias; Domingo-Enrich et al. 2024, arXiv 2409.08861).
 
 The same problem is linear-quadratic in u = a - s_ref; `lq` states it so, and the two routes must agree.
 """
@@ -122,7 +120,7 @@ class GaussianDiffusion:
     def problem(self) -> ScoreAsAction:
         """What an algorithm sees."""
         return ScoreAsAction(
-            noising=self.noising, reference_score=self.score, reward=self.reward, law=self.initial,
+            noising=self.noising, reference=self.score, reward=self.reward, initial=self.initial,
             shape=tuple(self.mu.shape), beta=self.beta, eta=self.eta, s_min=self.s_min, s_max=self.s_max,
         )  # fmt: skip
 

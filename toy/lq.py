@@ -391,5 +391,5 @@ class LQProblem(Problem):
     def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         return (x @ self.Q.to(x) * x).sum(1) / 2
 
-    def terminal_reward(self, x: Tensor, cond: Any = None) -> Tensor:
+    def reward(self, x: Tensor, cond: Any = None) -> Tensor:
         return -(x @ self.G.to(x) * x).sum(1) / 2 + x @ self.h.to(x)

@@ -1,16 +1,15 @@
 """Gaussian mixtures under score as action: exact at eta = 1, in any dimension.
 
-Data sum_i w_i N(mu_i, C_i), noised: p_s = sum_i w_i N(alpha mu_i, alpha² C_i + sigma² I), with closed score,
-posterior and Tweedie
-mean. At eta = 1 the reverse process under the exact score is the time reversal of the noising, so Y_T | Y_t = y is the
-posterior of X_{s_min} given X_s = y. If e^{r/beta} tilts p_{s_min} to another mixture p~ with normaliser Z, then
+Data sum_i w_i N(mu_i, C_i), noised: p_s = sum_i w_i N(alpha mu_i, alpha² C_i + sigma² I), with closed score, posterior
+and Tweedie mean. At eta = 1 the reverse process under the exact score is the time reversal of the noising, so Y_T | Y_t
+= y is the posterior of X_{s_min} given X_s = y. If e^{r/beta} tilts p_{s_min} to another mixture p~ with normaliser Z,
+then
 
     V*(t, y) = beta log E[e^{r/beta} | y] = beta (log Z + log p~_s(y) - log p_s(y)),
     a*(t, y) = s_ref + grad V*/beta       = grad log p~_s(y),
 
-p~_s being the tilted mixture noised from s_min to s (arXiv 2502.01819; Uehara et al. 2024, arXiv 2402.15194). At
-other eta
-the reference has the same marginals but another joint law, and V* is not this: take `toy.pde` in one dimension.
+p~_s being the tilted mixture noised from s_min to s (arXiv 2502.01819; Uehara et al. 2024, arXiv 2402.15194). At other
+eta the reference has the same marginals but another joint law, and V* is not this: take `toy.pde` in one dimension.
 """
 
 from __future__ import annotations
@@ -215,7 +214,7 @@ class MixtureDiffusion:
     def problem(self) -> ScoreAsAction:
         """What an algorithm sees."""
         return ScoreAsAction(
-            noising=self.noising, reference_score=self.score, reward=self.reward, law=self.initial,
+            noising=self.noising, reference=self.score, reward=self.reward, initial=self.initial,
             shape=(self.data.mu.shape[1],), beta=self.beta, eta=self.eta, s_min=self.s_min, s_max=self.s_max,
         )  # fmt: skip
 
@@ -291,9 +290,8 @@ class GuidedMixture:
     """Classes with classifier-free guidance, exact for every class and every guidance weight.
 
     Class c moves all means by shifts[c]; the null class leaves them. The shift is along directions in which every
-    component
-    has the same mean and the same variance, uncorrelated with the rest; there the score is linear and guidance,
-    (1 - w) s(x) + w s(x | c), is the score of the mixture moved by w shifts[c]. cond: (B,) integer classes.
+    component has the same mean and the same variance, uncorrelated with the rest; there the score is linear and
+    guidance, (1 - w) s(x) + w s(x | c), is the score of the mixture moved by w shifts[c]. cond: (B,) integer classes.
     """
 
     base: MixtureDiffusion
@@ -357,7 +355,7 @@ class GuidedMixture:
         """What an algorithm sees."""
         b = self.base
         return ScoreAsAction(
-            noising=b.noising, reference_score=self.score, reward=self.reward, law=b.initial,
+            noising=b.noising, reference=self.score, reward=self.reward, initial=b.initial,
             shape=b.problem.shape, beta=b.beta, eta=b.eta, s_min=b.s_min, s_max=b.s_max,
         )  # fmt: skip
 

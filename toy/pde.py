@@ -273,7 +273,7 @@ def evaluate(problem: Problem, policy: Mean | GaussianPolicy, mesh: Mesh = DEFAU
         h = h - problem.penalty(t).apply(torch.ones_like(x))[:, 0] * Sigma / 2
         return h + problem.gamma / 2 * torch.log(2 * math.pi * math.e * Sigma) if problem.gamma else h
 
-    return expectation(problem, mean, h, problem.terminal_reward, problem.discount, mesh)
+    return expectation(problem, mean, h, lambda x: problem.reward(x, None), problem.discount, mesh)
 
 
 def optimum(problem: Problem, mesh: Mesh = DEFAULT) -> Solution:
@@ -290,7 +290,7 @@ def optimum(problem: Problem, mesh: Mesh = DEFAULT) -> Solution:
             h = h + problem.gamma / 2 * torch.log(2 * math.pi * problem.gamma / problem.penalty(t).apply(one))
         return _Terms(b, S2, h, k)
 
-    equation = _Equation(terms, lambda x: problem.terminal_reward(x, None)[:, None], problem.horizon, problem.discount)
+    equation = _Equation(terms, lambda x: problem.reward(x, None)[:, None], problem.horizon, problem.discount)
     return Solution(*equation.checked(mesh))
 
 
@@ -398,7 +398,7 @@ def _average(problem: Problem, field: _Field, log_density: Density | None) -> Te
 
 
 def _initial_density(problem: Problem) -> Density:
-    if not (isinstance(problem, ScoreAsAction) and isinstance(problem.law, IsotropicNormal)):
+    if not (isinstance(problem, ScoreAsAction) and isinstance(problem.initial, IsotropicNormal)):
         raise ValueError("log_density must be given: the problem's initial law is not a IsotropicNormal")
-    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), problem.law.std)
+    normal = torch.distributions.Normal(torch.zeros((), dtype=torch.float64), problem.initial.std)
     return lambda x: normal.log_prob(x)[:, 0]
