@@ -29,7 +29,7 @@ class TorchSDE:
 
     def __init__(self, problem: Problem, policy: Mean, cond: Any = None, *, in_clock: bool = False) -> None:
         self.problem, self.policy, self.cond, self.in_clock = problem, policy, cond, in_clock
-        self.noise_type = "general" if isinstance(problem.root, Matrix) else "diagonal"
+        self.noise_type = "additive" if isinstance(problem.root, Matrix) else "diagonal"
 
     def f(self, t: Tensor, y: Tensor) -> Tensor:
         """b0 + B a, (B, d)."""
@@ -138,9 +138,8 @@ def sdeint(
     """torchsde.sdeint for the problem under the policy, returned as a Trajectory at the query times.
 
     Args:
-        times: (N+1,) query times in [0, T]. The steps are torchsde's own (`dt`, `adaptive`, ...): the last time is
-        one of
-            them, and at the others torchsde interpolates linearly between its steps.
+        times: (N+1,) query times in [0, T]. The steps are torchsde's own (`dt`, `adaptive`, ...): the last time is one
+            of them, and at the others torchsde interpolates linearly between its steps.
         start: X_0, (B, *D).
         brownian: the driving Brownian motion, (B, d), by default torchsde's own BrownianInterval; in its clock if
             `in_clock`.

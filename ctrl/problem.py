@@ -117,8 +117,7 @@ class ScoreAsAction(Problem):
 
     If Y_0 ~ p_{s_max} and a is the score of X_s, the marginals are those of X_s at every eta >= 0; eta = 0 is the
     probability-flow ODE. J = E[r(Y_T)] - beta KL(P || P_ref), the KL between path laws (undiscounted, deterministic
-    policy),
-    so R = beta kappa²/(eta² g²) = beta (1 + eta²)² g²/(4 eta²).
+    policy), so R = beta kappa²/(eta² g²) = beta (1 + eta²)² g²/(4 eta²).
 
     Attributes:
         noising: alpha, sigma, g² on the forward clock s.

@@ -62,7 +62,7 @@ def mixtures(draw, eta=1.0):
 
     data, kind = mixture(), draw(st.sampled_from(["quadratic", "linear", "ratio"]))
     if kind == "ratio":
-        p, q = (Noised(m, noising, None).at(s_min) for m in (data, mixture()))
+        p, q = (Noised(m, noising).at(s_min) for m in (data, mixture()))
         reward = LogRatioReward(q, p, beta)
     else:
         G = spd(g, d, -0.5 * beta, 1.0) if kind == "quadratic" else torch.zeros(d, d, dtype=torch.float64)

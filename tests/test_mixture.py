@@ -15,7 +15,7 @@ from ctrl import Estimate, Heun, Noise, VPLinear, advantage_rate, greedy, grids,
 from tests.strategies import SEEDS, mixtures, normal, states
 from toy import catalogue
 from toy.gaussian import QuadraticReward
-from toy.mixture import GuidedMixture, LogRatioReward, Mixture, MixtureDiffusion, Noised, expect, log_prob, tilt
+from toy.mixture import GuidedMixture, LogRatioReward, Mixture, MixtureDiffusion, Noised, expect, tilt
 
 
 @given(mixtures())
@@ -47,7 +47,7 @@ def test_tilted_mixture(p):
     tilted, log_z = p.tilted
     data = p.p.at(p.s_min)
     torch.testing.assert_close(
-        log_prob(tilted.base, x), log_prob(data, x) + p.reward(x) / p.beta - log_z, rtol=1e-8, atol=1e-8
+        tilted.base.log_prob(x), data.log_prob(x) + p.reward(x) / p.beta - log_z, rtol=1e-8, atol=1e-8
     )
     y = x.clone().requires_grad_()
     (grad_v,) = torch.autograd.grad(p.value.value(t, y).sum(), y)
@@ -92,7 +92,7 @@ def test_value_by_quadrature(fraction, y):
         def joint(x, tilt, p=p, alpha=alpha, variance=variance):
             x = torch.tensor([[x]])
             log = (
-                log_prob(p.p.at(p.s_min), x) - (y - alpha * x[:, 0]) ** 2 / (2 * variance) + tilt * p.reward(x) / p.beta
+                p.p.at(p.s_min).log_prob(x) - (y - alpha * x[:, 0]) ** 2 / (2 * variance) + tilt * p.reward(x) / p.beta
             )
             return float(log.exp())
 

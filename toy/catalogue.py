@@ -156,7 +156,7 @@ def mixture_2d_rare_mode() -> Entry:
     C = 0.06 * _eye(2).expand(3, 2, 2)
     noising, s_min, beta = VPLinear(0.1, 12.0), 1e-3, 0.5
     data, target = (Mixture(_f64(w), mu, C) for w in ([0.98, 0.01, 0.01], [0.1, 0.1, 0.8]))
-    p, q = (Noised(m, noising, None).at(s_min) for m in (data, target))
+    p, q = (Noised(m, noising).at(s_min) for m in (data, target))
     reward = LogRatioReward(q, p, beta)
     return _mixture(
         "mixture-2d-rare-mode", MixtureDiffusion(noising, data, reward, beta=beta, s_min=s_min, start=_prior(2))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from ctrl.estimate import Estimate
 from ctrl.linop import cholesky
 from ctrl.noise import INITIAL, Noise
 from ctrl.noising import Noising
-from ctrl.problem import ScoreAsAction
+from ctrl.problem import Reward, ScoreAsAction
 from ctrl.value import Critic
 from toy.gaussian import QuadraticReward
 
@@ -69,15 +69,29 @@ class Mixture:
         centred = self.mu - self.mean
         return torch.einsum("k,kij->ij", self.w, self.C) + torch.einsum("k,ki,kj->ij", self.w, centred, centred)
 
+    @cached_property
+    def axes(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Eigenvalues (K, d) and axes U (K, d, d) of the covariances, and the means in these axes (K, d)."""
+        c, U = torch.linalg.eigh(self.C)
+        return c, U, torch.einsum("kd,kde->ke", self.mu, U)
+
+    def components(self, x: Tensor, alpha: Tensor, variance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the law of alpha X + N(0, variance I), alpha and variance (B,), each component in its own axes:
+        x - alpha mu_i (B, K, d), variances (B, K, d), log of w_i N(x) without (2 pi)^{-d/2} (B, K)."""
+        c, U, mu = (v.to(x) for v in self.axes)
+        alpha, variance = (v.to(x)[..., None, None] for v in (alpha, variance))
+        y = torch.einsum("bd,kde->bke", x, U) - alpha * mu
+        v = alpha.square() * c + variance
+        return y, v, self.w.to(x).log() - (y.square() / v + v.log()).sum(-1) / 2
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """log p(x), (B,)."""
+        *_, log_w = self.components(x, x.new_ones(len(x)), x.new_zeros(len(x)))
+        return log_w.logsumexp(-1) - x.shape[-1] / 2 * math.log(2 * math.pi)
+
     def shifted(self, delta: Tensor) -> Mixture:
         """All means moved by delta, (d,)."""
         return Mixture(self.w, self.mu + delta, self.C)
-
-
-class Reward(Protocol):
-    """A reward that tilts a mixture into a mixture."""
-
-    def __call__(self, x: Tensor, cond: Any = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,12 +104,7 @@ class LogRatioReward:
     scale: float
 
     def __call__(self, x: Tensor, cond: Any = None) -> Tensor:
-        return self.scale * (log_prob(self.q, x) - log_prob(self.p, x))
-
-
-def log_prob(mixture: Mixture, x: Tensor) -> Tensor:
-    """log p(x), (B,)."""
-    return Noised(mixture, None, None).log_prob(x.new_zeros(len(x)), x)
+        return self.scale * (self.q.log_prob(x) - self.p.log_prob(x))
 
 
 def tilt(p: Mixture, reward: Reward, beta: float) -> tuple[Mixture, Tensor]:
@@ -126,45 +135,27 @@ def tilt(p: Mixture, reward: Reward, beta: float) -> tuple[Mixture, Tensor]:
 
 @dataclass(frozen=True)
 class Noised:
-    """A mixture at s0 noised to s: log-density, score, posterior. s0 = None: clean data; noising = None: no noise."""
+    """A mixture at s0, or of clean data (s0 = None), noised to s: log-density, score, posterior."""
 
     base: Mixture
-    noising: Noising | None
-    s0: float | None
-
-    @cached_property
-    def _axes(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Eigenvalues (K, d) and axes U (K, d, d) of the covariances, and the means in these axes (K, d)."""
-        c, U = torch.linalg.eigh(self.base.C)
-        return c, U, torch.einsum("kd,kde->ke", self.base.mu, U)
-
-    def _components(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Each component in its own axes: alpha (B, 1, 1), x - alpha mu_i (B, K, d), variances (B, K, d), log of
-        w_i N(x) (B, K)."""
-        c, U, mu = (v.to(x) for v in self._axes)
-        alpha, variance = (
-            (torch.ones_like(s), torch.zeros_like(s)) if self.noising is None else self.noising.between(s, self.s0)
-        )
-        alpha, variance = (v.to(x)[..., None, None] for v in (alpha, variance))
-        y = torch.einsum("bd,kde->bke", x, U) - alpha * mu
-        v = alpha.square() * c + variance
-        log_w = self.base.w.to(x).log() - (y.square() / v + v.log()).sum(-1) / 2
-        return alpha, y, v, log_w
+    noising: Noising
+    s0: float | None = None
 
     def log_prob(self, s: Tensor, x: Tensor) -> Tensor:
         """log p_s(x), (B,)."""
-        *_, log_w = self._components(s, x)
+        *_, log_w = self.base.components(x, *self.noising.between(s, self.s0))
         return log_w.logsumexp(-1) - x.shape[-1] / 2 * math.log(2 * math.pi)
 
     def score(self, s: Tensor, x: Tensor) -> Tensor:
         """grad log p_s(x), (B, d)."""
-        _, y, v, log_w = self._components(s, x)
-        return -torch.einsum("bk,bke,kde->bd", log_w.softmax(-1), y / v, self._axes[1].to(x))
+        y, v, log_w = self.base.components(x, *self.noising.between(s, self.s0))
+        return -torch.einsum("bk,bke,kde->bd", log_w.softmax(-1), y / v, self.base.axes[1].to(x))
 
     def posterior(self, s: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """p(X_{s0} | X_s = x), a mixture for each sample: weights (B, K), means (B, K, d), covariances (B, K, d, d)."""
-        alpha, y, v, log_w = self._components(s, x)
-        c, U, mu = (u.to(x) for u in self._axes)
+        alpha, variance = self.noising.between(s, self.s0)
+        y, v, log_w = self.base.components(x, alpha, variance)
+        (c, U, mu), alpha = (u.to(x) for u in self.base.axes), alpha.to(x)[..., None, None]
         means = torch.einsum("bke,kde->bkd", mu + alpha * c * y / v, U)
         covariances = torch.einsum("kde,bke,kfe->bkdf", U, c - alpha.square() * c.square() / v, U)
         return log_w.softmax(-1), means, covariances
@@ -176,7 +167,6 @@ class Noised:
 
     def at(self, s: float) -> Mixture:
         """p_s as a mixture."""
-        assert self.noising is not None
         alpha, variance = self.noising.between(torch.tensor(s, dtype=torch.float64), self.s0)
         eye = torch.eye(self.base.mu.shape[1], dtype=self.base.mu.dtype)
         return Mixture(self.base.w, alpha * self.base.mu, alpha.square() * self.base.C + variance * eye)
@@ -199,7 +189,7 @@ class MixtureDiffusion:
     @cached_property
     def p(self) -> Noised:
         """The noised data: p_s."""
-        return Noised(self.data, self.noising, None)
+        return Noised(self.data, self.noising)
 
     def score(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """The reference: grad log p_s, (B, d)."""
@@ -329,14 +319,8 @@ class GuidedMixture:
             raise ValueError(f"cond must hold classes 0 ... {len(self.classes) - 1}")
         if len(cond) != len(args[-1]):
             raise ValueError(f"cond must hold one class for each of the {len(args[-1])} samples, got {len(cond)}")
-        out: Tensor | None = None
-        for c, diffusion in enumerate(self.classes):
-            rows = (cond == c).nonzero()[:, 0]
-            part = f(diffusion)(*(v[rows] for v in args))
-            out = part.new_empty(len(cond), *part.shape[1:]) if out is None else out
-            out = out.index_copy(0, rows, part)
-        assert out is not None
-        return out
+        values = torch.stack([f(diffusion)(*args) for diffusion in self.classes])
+        return values[cond, torch.arange(len(cond), device=cond.device)]
 
     def score(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """The guided reference, combined from the null class and the class as a guided network does, (B, d)."""
