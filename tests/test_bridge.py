@@ -3,11 +3,23 @@
 import dataclasses
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 import torchsde
 
-from ctrl import EulerMaruyama, Exponential, Heun, Noise, fit_order, grids, rollout
+from ctrl import (
+    EulerMaruyama,
+    Exponential,
+    Heun,
+    IsotropicNormal,
+    Noise,
+    ScoreAsAction,
+    VPLinear,
+    fit_order,
+    grids,
+    rollout,
+)  # fmt: skip
 from ctrl.bridge import ClockedBrownian, RecordedBrownian, TorchSDE, sdeint
 from toy import catalogue
 
@@ -114,3 +126,47 @@ def test_errors_name_the_remedy():
         RecordedBrownian.of(entry.problem, dataclasses.replace(ours, xi=None))
     with pytest.raises(ValueError, match="in_clock=False"):
         ClockedBrownian(entry.problem, path)(torch.tensor(0.0), torch.tensor(0.1), return_U=True)
+
+
+def test_the_condition_and_the_ids_reach_torchsde_and_come_back():
+    """One path, classes in the condition: our Euler's numbers, with ids, cond and trapezoid weights recorded."""
+    entry = catalogue.get("mixture-2d-conditional")
+    problem, ids = entry.problem, torch.arange(3, 9)
+    times, cond = grids.uniform(problem, 8), entry.condition(ids)
+    ours = rollout(problem, entry.optimal_policy, times, Noise(4), ids, cond=cond)
+    path = RecordedBrownian.of(problem, ours)
+    theirs = sdeint(problem, entry.optimal_policy, times, ours.x[0], ids=ids, cond=cond, in_clock=True, brownian=path,
+                    method="euler", dt=float(times.diff().max()))  # fmt: skip
+    torch.testing.assert_close(theirs.x, ours.x, rtol=1e-10, atol=1e-10)
+    assert theirs.ids is ids and theirs.cond is cond
+    assert torch.equal(theirs.w, grids.trapezoid(problem, times))
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_images_are_flattened_for_torchsde_and_come_back(eta):
+    """Shape (3, 2, 2) from a late start, on the Brownian motion that sdeint makes: the flat problem's numbers."""
+
+    def run(shape):
+        problem = ScoreAsAction(
+            VPLinear(), lambda t, x, c: -x, lambda x, c: x.flatten(1).sum(1), IsotropicNormal(shape), shape, eta=eta
+        )
+        np.random.seed(1)  # noqa: NPY002  # torchsde draws its entropy there
+        times, start = grids.uniform(problem, 5)[1:], torch.linspace(-1, 1, 24).reshape(2, *shape)
+        return sdeint(problem, problem.reference, times, start, in_clock=True, method="euler", dt=0.1)
+
+    flat, image = run((12,)), run((3, 2, 2))
+    assert image.x.shape == (5, 2, 3, 2, 2)
+    torch.testing.assert_close(image.x.flatten(2), flat.x)
+    assert image.ids.tolist() == [0, 1]
+
+
+def test_times_and_states_are_checked():
+    """As in our own rollouts; and a method that wants Levy areas, of either kind, is refused in the clock."""
+    problem = catalogue.get("mixture-2d").problem
+    start, path = torch.zeros(2, 2), ClockedBrownian(problem, RecordedBrownian(torch.zeros(1), torch.zeros(1, 2, 2)))
+    with pytest.raises(ValueError, match="times must be a 1-D tensor"):
+        sdeint(problem, problem.reference, torch.tensor([0.5, 0.5]), start)
+    with pytest.raises(ValueError, match="not finite"):
+        sdeint(problem, lambda t, x, c: x + torch.nan, grids.uniform(problem, 2), start, method="euler", dt=0.5)
+    with pytest.raises(ValueError, match="in_clock=False"):
+        path(torch.tensor(0.0), torch.tensor(0.1), return_A=True)

@@ -232,7 +232,7 @@ def test_policy_iteration_is_newton(problem, seed):
     assert abs(gaps[-1]) < 1e-8 * scale
 
 
-@given(lqs(gammas=st.just(0.0), discounts=st.just(0.0)), SEEDS)
+@given(lqs(), SEEDS)
 def test_path_kl_and_its_gradient(problem, seed):
     """KL(P || P_ref) = integral of ½ E |S^-1 B a|², by forward moments; positive, zero at the reference, with a
     gradient."""
@@ -250,6 +250,8 @@ def test_path_kl_and_its_gradient(problem, seed):
 
     assert lq.path_kl(policy) == pytest.approx(quad(rate, 0, lq.horizon, epsabs=1e-11)[0], rel=1e-8)
     assert lq.path_kl(lq.reference) == pytest.approx(0.0, abs=1e-12)
+    exploring = random_policy(problem, seed, explore=True)  # the same mean: exploration leaves the state's law alone
+    assert lq.path_kl(exploring) == lq.path_kl(policy)
     features = LinearPolicy(K=lambda t: policy.K(t)[:, None], k=lambda t: policy.k(t)[:, None])
     gradient = -lq.kl_problem().grad_J(policy, features)[0]  # along a -> (1 + theta) a
     assert abs(gradient) > 1e-3
@@ -299,6 +301,7 @@ def test_value_by_monte_carlo(name):
         ("B", torch.eye(2)),
         ("horizon", 0.0),
         ("gamma", -1.0),
+        ("discount", -1.0),
     ],
 )
 def test_wrong_input(name, value):
@@ -310,3 +313,25 @@ def test_wrong_input(name, value):
 def test_sigma_is_needed_to_explore():
     with pytest.raises(ValueError, match="Sigma"):
         catalogue.get("gaussian-1d").exact.lq.reference.explore()
+
+
+@pytest.mark.parametrize("name", ["Q", "G"])
+def test_costs_are_symmetric(name):
+    problem = catalogue.get("lq-4d").exact
+    with pytest.raises(ValueError, match=f"{name} must be symmetric"):
+        dataclasses.replace(problem, **{name: torch.eye(4) + torch.eye(4).roll(1, 0)})
+
+
+def test_a_value_that_explodes_is_refused():
+    """P. = P² - ... with P(T) = -10 escapes before t = 0: there is no optimum."""
+    problem = dataclasses.replace(catalogue.get("lq-1d").exact, G=torch.tensor([[-10.0]]))
+    with pytest.raises(ValueError, match="no solution"):
+        problem.exact.optimal_value()
+
+
+def test_values_hold_to_the_ends():
+    """A time that rounding moved beyond [0, T] is read at the end."""
+    problem = catalogue.get("lq-1d").exact
+    value, T = problem.exact.optimal_value(), problem.horizon
+    outside, ends, x = torch.tensor([-1e-3, T + 1e-3]), torch.tensor([0.0, T]), torch.ones(2, 1)
+    assert torch.equal(value.value(outside, x), value.value(ends, x))

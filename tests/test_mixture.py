@@ -12,6 +12,7 @@ from scipy.integrate import quad
 from scipy.stats import multivariate_normal
 
 from ctrl import Estimate, Heun, Noise, VPLinear, advantage_rate, greedy, grids, rollout, z_bound
+from ctrl.noise import INITIAL
 from tests.strategies import SEEDS, mixtures, normal, states
 from toy import catalogue
 from toy.gaussian import QuadraticReward
@@ -259,6 +260,12 @@ def test_guidance_refuses_shifts_that_leave_the_family():
         GuidedMixture(guided.base, torch.tensor([[0.0, 1.0]]), guided.rewards[:1])
     with pytest.raises(ValueError, match="rewards"):
         GuidedMixture(guided.base, guided.shifts, guided.rewards[:1])
+    # C^-1 shift and its product with mu_i are common, but noise turns C: the shift is no axis of it
+    correlated = Mixture(
+        torch.tensor([0.5, 0.5]), torch.tensor([[0.5, 1.0], [-0.5, -1.0]]), torch.tensor([[[1.0, 0.5], [0.5, 1.0]]] * 2)
+    )
+    with pytest.raises(ValueError, match="shifts"):
+        GuidedMixture(dataclasses.replace(guided.base, data=correlated), torch.tensor([[1.0, 0.0]]), guided.rewards[:1])
 
 
 @pytest.mark.parametrize(
@@ -296,6 +303,8 @@ def test_rewards_without_a_closed_form():
         ([0.5, 0.6], torch.zeros(2, 1), torch.ones(2, 1, 1), "sum to 1"),
         ([0.5, 0.5], torch.zeros(2, 1), -torch.ones(2, 1, 1), "C must be positive definite"),
         ([1.0], torch.zeros(2, 1), torch.ones(2, 1, 1), "shapes"),
+        ([0.5, 0.5], torch.zeros(2, 1), torch.eye(2).expand(2, 2, 2), "shapes"),
+        ([1.5, -0.5], torch.zeros(2, 1), torch.ones(2, 1, 1), "w must be positive"),
     ],
 )
 def test_wrong_mixtures(w, mu, C, match):
@@ -310,3 +319,30 @@ def test_large_initial_time_has_no_memory():
     y = 3 * torch.from_numpy(np.random.default_rng(0).standard_normal((20, 2)))
     value = p.value.value(torch.zeros(20), y)
     torch.testing.assert_close(value, (p.beta * p.tilted[1]).expand(20), rtol=1e-10, atol=1e-10)
+
+
+def test_the_optimum_is_sampled_by_hand():
+    """Y_T = m_i(Y_0) + L_i n, i by the uniform (INITIAL, 2), n = (INITIAL, 3): streams that Y_0 has not used."""
+    p, noise, ids = catalogue.get("mixture-2d").exact, Noise(3), torch.arange(50, 90)
+    w, means, C = p.tilted[0].posterior(torch.full((40,), p.s_max), p.initial(noise, ids))
+    i = (noise.uniform(ids, (1,), INITIAL, 2) > w.cumsum(1)).sum(1)
+    root, normal = torch.linalg.cholesky(C)[range(40), i], noise.normal(ids, (2,), INITIAL, 3)
+    by_hand = means[range(40), i] + (root @ normal[..., None])[..., 0]
+    torch.testing.assert_close(p.sample_optimum(noise, ids), by_hand, rtol=1e-9, atol=1e-9)
+
+
+def test_J_optimal_of_classes_is_their_average():
+    """J* = mean of J*_c; by quadrature: 60² nodes, no error."""
+    guided = catalogue.get("mixture-2d-conditional").exact
+    J = guided.J_optimal()
+    assert float(J.mean) == pytest.approx(sum(float(d.J_optimal().mean) for d in guided.classes) / 3, rel=1e-12)
+    assert (float(J.stderr), J.n) == (0.0, 3600)
+
+
+def test_conditions_and_rewards_that_do_not_fit():
+    """One class a sample; and a log ratio against another law than the data's tilts to something else."""
+    entry, p = catalogue.get("mixture-2d-conditional"), catalogue.get("mixture-1d").exact
+    with pytest.raises(ValueError, match="one class for each"):
+        entry.value.value(torch.zeros(3), torch.zeros(3, 2), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match=r"reward\.p"):
+        tilt(p.data, LogRatioReward(p.data, p.data.shifted(torch.ones(1)), 0.5), 0.5)

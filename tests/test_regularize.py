@@ -183,6 +183,9 @@ def test_kl_of_the_euler_and_multistep_chains():
     t, dt, clock = times[:-1], times.diff(), problem.clock(times).diff()
     euler = (problem.kappa(t).square() * dt.square() * t.square() / (2 * problem.eta**2 * clock)).sum()
     torch.testing.assert_close(chain_kl(problem, EulerMaruyama(), path, policy), euler.expand(2))
+    moved = chain_kl(problem, EulerMaruyama(), path, lambda t, x, cond: p.score(t, x) + x)  # |da|² = |x_k|²
+    weight = problem.kappa(t).square() * dt.square() / (2 * problem.eta**2 * clock)
+    torch.testing.assert_close(moved, (weight[:, None] * path.x[:-1, :, 0].square()).sum(0))
     s = problem.s(times)
     alpha, sigma, dlambda = p.noising.alpha(s), p.noising.sigma(s), p.noising.log_snr(s).diff()
     shift = sigma[:-1].square() / alpha[:-1] * t  # of x0hat
@@ -192,3 +195,22 @@ def test_kl_of_the_euler_and_multistep_chains():
     variance = sigma[1:].square() * (1 - torch.exp(-0.49 * dlambda))
     exact = ((weight * target).square() / (2 * variance)).sum()
     torch.testing.assert_close(chain_kl(problem, Multistep2(), path, policy), exact.expand(2))
+
+
+def test_condition_and_reference_are_passed_on():
+    """KL with cond = KL of the policies that have it built in; another reference takes the problem's place. For a
+    common covariance the KL is symmetric."""
+    entry = catalogue.get("mixture-2d-conditional")
+    problem, policy, ids = entry.problem, entry.optimal_policy, torch.arange(6)
+    cond, times = entry.condition(ids), grids.log_snr(problem, 5)
+    path = rollout(problem, policy, times, Noise(0), ids, cond=cond)
+    own, reference = (lambda t, x, _, f=f: f(t, x, cond) for f in (policy, problem.reference))
+    for kl in (
+        lambda *policies: path_kl(problem, path, *policies),
+        lambda *policies: chain_kl(problem, Multistep2(), path, *policies),
+    ):
+        full = kl(policy)
+        assert float(full.min()) > 1e-6
+        torch.testing.assert_close(full, kl(own, reference))
+        torch.testing.assert_close(full, kl(problem.reference, policy))
+        assert float(kl(policy, policy).abs().max()) == 0.0

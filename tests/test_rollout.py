@@ -9,12 +9,14 @@ from ctrl import (
     DDIM,
     Estimate,
     EulerMaruyama,
+    Exact,
     Exponential,
     GaussianPolicy,
     Heun,
     IsotropicNormal,
     Multistep2,
     Noise,
+    RectifiedFlow,
     Scalar,
     ScoreAsAction,
     VPLinear,
@@ -24,6 +26,7 @@ from ctrl import (
     rollout,
     z_bound,
 )  # fmt: skip
+from ctrl.noise import ACTION, INITIAL
 from toy import catalogue
 from toy.chain import affine_steps, chain_moments
 
@@ -177,6 +180,8 @@ def problem():
         torch.tensor([-0.1, 0.5]),
         torch.tensor([0.0, 1.5]),
         torch.zeros(2, 2),
+        torch.tensor([[0.0, 0.1], [0.5, 0.6]]),
+        torch.tensor([0.0, 1.0]),
     ],
     ids=str,
 )
@@ -239,7 +244,31 @@ def test_start_is_checked(problem):
 def test_policy_shape_is_checked(problem, shape):
     """Each of these would broadcast against (2, 2) states."""
     with pytest.raises(ValueError, match="policy must return actions of shape"):
-        rollout(problem, lambda t, x, c: torch.zeros(shape), grids.uniform(problem, 2), Noise(0), torch.arange(2))
+        rollout(problem, lambda t, x, c: torch.zeros(shape), grids.uniform(problem, 1), Noise(0), torch.arange(2))
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 2, 1), (1, 2)], ids=str)
+def test_policy_shape_is_checked_with_matrices(shape):
+    """B is (4, 2): actions may differ in shape from states, but have as many axes and samples."""
+    lq = catalogue.get("lq-4d").problem
+    with pytest.raises(ValueError, match="policy must return actions of shape"):
+        rollout(lq, lambda t, x, c: torch.zeros(shape), grids.uniform(lq, 1), Noise(0), torch.arange(2))
+
+
+def test_states_keep_the_precision_of_the_start(problem):
+    """float32 in, float32 out, unless asked for."""
+    start = torch.zeros(2, 2, dtype=torch.float32)
+    for dtype, expected in ((None, torch.float32), (torch.float64, torch.float64)):
+        path = rollout(
+            problem, problem.reference, grids.uniform(problem, 2), Noise(0), torch.arange(2), start=start, dtype=dtype
+        )
+        assert path.x.dtype == expected
+
+
+def test_control_must_not_vanish_at_the_data_end(problem):
+    """Rectified flow: g² = 2s/(1 - s) and with it R vanish at s = 0."""
+    with pytest.raises(ValueError, match="g² vanishes"):
+        dataclasses.replace(problem, noising=RectifiedFlow(), s_min=0.0, s_max=0.9)
 
 
 def test_a_state_that_is_not_finite_is_named(problem):
@@ -256,7 +285,7 @@ def test_a_state_that_is_not_finite_is_named(problem):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("eta", -0.1), ("beta", -1.0), ("gamma", -1.0), ("discount", -1.0), ("s_min", -0.1), ("s_min", 1.0), ("s_max",
+    [("eta", -0.1), ("beta", -1.0), ("gamma", -1.0), ("discount", -1.0), ("s_min", -1e-3), ("s_min", 1.0), ("s_max",
     1.5),
      ("eta", float("nan"))],
 )  # fmt: skip
@@ -287,3 +316,82 @@ def test_runs_on_a_gpu(name, solver):
         values = entry.value.value(path.t[5].expand(8), path.x[5], cond)
         results.append((path.x.cpu(), path_kl(entry.problem, path, entry.optimal_policy).cpu(), values.cpu()))
     torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
+
+
+def test_exploration_by_hand():
+    """a_k = policy(t_k, x_k) + c(t_k) n_k, n_k the draw (ACTION, k) of the sample; Heun's second stage keeps a_k. The
+    chain's own noise enters Euler's step by dt kappa(t_k) c(t_k)."""
+    p = catalogue.get("gaussian-1d").exact
+    problem, mean = p.problem, p.perturbed(-0.3, 0.6)
+    times, ids = grids.uniform(problem, 4), torch.arange(100, 103)
+    policy = GaussianPolicy(mean, lambda t: Scalar(1 + t))
+    path = rollout(problem, policy, times, Noise(8), ids, solver=Heun())
+    chain = affine_steps(problem, policy, times, EulerMaruyama())
+    for k, (t, dt) in enumerate(zip(times[:-1], times.diff(), strict=True)):
+        x, a = path.x[k], mean(t.expand(3), path.x[k]) + (1 + t) * Noise(8).normal(ids, (1,), ACTION, k)
+        torch.testing.assert_close(path.a[k], a)
+        start = x + (problem.clock(times[k + 1]) - problem.clock(t)).sqrt() * path.xi[k]
+        first = problem.drift(t, x) + problem.kappa(t) * a
+        second = problem.drift(times[k + 1], start + dt * first) + problem.kappa(times[k + 1]) * a
+        torch.testing.assert_close(path.x[k + 1], start + dt / 2 * (first + second))
+        assert float(chain[k].gamma[0, 1]) == pytest.approx(float(dt * problem.kappa(t) * (1 + t)), rel=1e-12)
+
+
+RULES = {
+    EulerMaruyama(): grids.left,
+    Exponential(): grids.left,
+    DDIM(0.5): grids.left,
+    Heun(): grids.trapezoid,
+    Multistep2(): grids.clock_trapezoid,
+}
+
+
+@pytest.mark.parametrize("solver", RULES, ids=str)
+def test_quadrature_and_calls_are_the_solver_s(problem, solver):
+    """A trajectory carries the quadrature of its solver's weak order, and a step costs `calls` policy evaluations."""
+    times, seen = grids.uniform(problem, 5), []
+
+    def policy(t, x, cond=None):
+        seen.append(float(t[0]))
+        return problem.reference(t, x, cond)
+
+    path = rollout(problem, policy, times, Noise(0), torch.arange(2), solver=solver)
+    assert torch.equal(path.w, RULES[solver](problem, times))
+    assert torch.equal(Exact(None).quadrature(problem, times), grids.trapezoid(problem, times))
+    assert len(seen) == 5 * solver.calls
+
+
+def test_the_condition_goes_everywhere():
+    """Rollout, record and node functions see cond: the same as with the condition built into the policy."""
+    entry = catalogue.get("mixture-2d-conditional")
+    problem, ids = entry.problem, torch.arange(6)
+    cond, times = entry.condition(ids), grids.log_snr(problem, 4)
+    assert cond.tolist() == [0, 1, 2, 0, 1, 2]
+    path = rollout(problem, entry.optimal_policy, times, Noise(0), ids, cond=cond, solver=Heun())
+    fixed = rollout(problem, lambda t, x, _: entry.optimal_policy(t, x, cond), times, Noise(0), ids, solver=Heun())
+    assert torch.equal(path.x, fixed.x)
+    assert path.cond is cond
+    assert path.at_nodes(lambda t, x, c: c.to(x.dtype)).tolist() == [[0, 1, 2, 0, 1, 2]] * 5
+    assert path.integrate(lambda t, x, c: c.to(x.dtype)).tolist() == pytest.approx((cond * problem.horizon).tolist())
+
+
+def test_initial_laws_draw_from_the_initial_stream():
+    """std n, m + L n and, for a mixture, mu_i + L_i n with i by the uniform (INITIAL, 1); n is the draw (INITIAL)."""
+    noise, ids = Noise(3), torch.arange(50, 90)
+    normal = noise.normal(ids, (2, 3), INITIAL)
+    torch.testing.assert_close(IsotropicNormal((2, 3), 1.7)(noise, ids), 1.7 * normal)
+    lq, normal = catalogue.get("lq-4d").problem, noise.normal(ids, (4,), INITIAL)
+    torch.testing.assert_close(lq.initial(noise, ids), lq.mean0 + normal @ torch.linalg.cholesky(lq.cov0).mT)
+    law = catalogue.get("gaussian-16d").exact.marginal(0.3)
+    root = torch.linalg.cholesky(law.covariance)
+    torch.testing.assert_close(law(noise, ids), law.mean + noise.normal(ids, (16,), INITIAL) @ root.mT)
+    law = catalogue.get("mixture-2d").exact.data
+    i = (noise.uniform(ids, (), INITIAL, 1)[:, None] > law.w.cumsum(0)).sum(1)
+    root, normal = torch.linalg.cholesky(law.C)[i], noise.normal(ids, (2,), INITIAL)
+    torch.testing.assert_close(law(noise, ids), law.mu[i] + (root @ normal[..., None])[..., 0])
+
+
+def test_forward_times_stay_within_the_cut(problem):
+    """s = s_max - t, but never a rounding beyond s_min or s_max, where coefficients may not exist."""
+    t = torch.tensor([-1e-9, 0.25, problem.horizon + 1e-9])
+    assert problem.s(t).tolist() == [1.0, 0.75, problem.s_min]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from ctrl import VPLinear
 from tests.strategies import gaussians, states
+from toy import catalogue
 from toy.gaussian import GaussianDiffusion, GaussianLaw, QuadraticReward
 
 
@@ -127,5 +128,20 @@ def test_wrong_input():
         dataclasses.replace(p, reward=QuadraticReward(-torch.eye(1), torch.zeros(1)))
     with pytest.raises(ValueError, match="mu"):
         dataclasses.replace(p, mu=torch.zeros(2))
+    plane = QuadraticReward(torch.eye(2), torch.zeros(2))
+    with pytest.raises(ValueError, match="mu"):
+        dataclasses.replace(p, reward=plane)
+    with pytest.raises(ValueError, match="mu"):
+        dataclasses.replace(p, mu=torch.zeros(2), reward=plane)
+    with pytest.raises(ValueError, match="G must be symmetric"):
+        QuadraticReward(torch.eye(2), torch.zeros(3))
     with pytest.raises(ValueError, match="G must be symmetric"):
         QuadraticReward(torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.zeros(2))
+
+
+def test_perturbed_policy_by_hand():
+    """s_ref + K (t/T) x + k."""
+    p = dataclasses.replace(catalogue.get("gaussian-16d").exact, s_max=0.6)
+    t, x = states(p.problem)
+    by_hand = p.score(t, x) - 0.3 * (t / (0.6 - p.s_min))[:, None] * x + 0.7
+    torch.testing.assert_close(p.perturbed(-0.3, 0.7)(t, x), by_hand, rtol=1e-9, atol=1e-9)

@@ -81,6 +81,7 @@ def test_at_the_data_end_it_is_the_reward(noising, skip, s_min):
     close(critic.value(T, x), reward(x, None), 1e-12, 1e-12)
     close(critic.grad(T, x), -K * x + H, 1e-12, 1e-12)
     close(critic.value(T, x, 0.3), reward(x, 0.3), 1e-12, 1e-12)
+    close(critic.value(T + 1e-6, x), reward(x, None), 1e-12, 1e-12)  # a time that rounding moved beyond T
 
 
 @every
@@ -113,6 +114,16 @@ def test_value_and_gradient_by_hand(noising, skip):
     close(critic.value(t, x), c_skip * reward(x0hat, None) + c_out * network(t, x, None), 1e-9, 1e-9)
     by_hand = c_skip[:, None] * A * (H - K * x0hat) + c_out[:, None] * (t[:, None] * H + x / 2)
     close(critic.grad(t, x), by_hand, 1e-9, 1e-9)
+
+
+def test_the_condition_reaches_the_reference():
+    """x0hat is that of the class: V with cond = V of the problem whose score has cond built in."""
+    p, x, t, cond = problem(VPLinear()), states(), torch.full((5,), 0.4), torch.arange(5.0, dtype=torch.float64)
+    of_class, fixed = (
+        StructuredCritic(replace(p, reference=lambda t, x, c, b=b: p.reference(t, x, c) + b(c)[:, None]), network)
+        for b in (lambda c: c, lambda c: cond)
+    )
+    close(of_class.value(t, x, cond), fixed.value(t, x, cond))
 
 
 def test_default_pair_is_the_papers():
