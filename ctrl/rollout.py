@@ -123,10 +123,11 @@ def _simulate(
     def act(t: Tensor, x: Tensor) -> Tensor:
         return mean(batch_times(t[None], x.dtype, len(ids))[0], x, cond).to(x.dtype)
 
-    plan, memory = solver.plan(problem, times), None
-    states, actions, xi = [x], [], x.new_empty(len(plan), *x.shape)
+    plan, memory, seen = solver.plan(problem, times), None, batch_times(times, x.dtype, len(ids))
+    states, actions, xi = _Record(len(plan) + 1), _Record(len(plan)), x.new_empty(len(plan), *x.shape)
+    states.add(x)
     for k, draw in enumerate(noise.path(ids, problem.shape, times, problem.clock)):
-        a = act(times[k], x)
+        a = mean(seen[k], x, cond).to(x.dtype)
         stage: Act = act
         if k == 0:
             _check_action(problem, times[0], x, a)
@@ -137,11 +138,27 @@ def _simulate(
         xi[k] = draw
         carried = solver.carry(plan[k], x, a)
         x, memory = solver.step(problem, plan[k], x, a, xi[k], stage, memory), carried
-        states.append(x)
-        actions.append(a)
-    return Trajectory(
-        times, torch.stack(states), torch.stack(actions), xi, solver.quadrature(problem, times), ids, cond
-    )
+        states.add(x)
+        actions.add(a)
+    return Trajectory(times, states.stack(), actions.stack(), xi, solver.quadrature(problem, times), ids, cond)
+
+
+class _Record:
+    """n tensors stacked: written into one block as they come, or kept as they are where autograd must see them."""
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.kept: list[Tensor] = []
+
+    def add(self, v: Tensor) -> None:
+        if not torch.is_grad_enabled():
+            if not self.kept:
+                self.block = v.new_empty(self.n, *v.shape)
+            v = self.block[len(self.kept)].copy_(v)
+        self.kept.append(v)
+
+    def stack(self) -> Tensor:
+        return torch.stack(self.kept) if torch.is_grad_enabled() else self.block
 
 
 def _check_action(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> None:

@@ -171,3 +171,17 @@ def test_running_cost_by_hand():
     price = torch.stack([v @ base.R @ v for v in difference]) / 2
     torch.testing.assert_close(problem.running_cost(t, x, a, a_ref, cond), cond * x.square().sum(1) + price)
     torch.testing.assert_close(base.running_cost(t, x, a, a), torch.stack([v @ base.Q @ v for v in x]) / 2)
+
+
+def test_residuals_of_a_left_sum_by_hand():
+    """Euler's quadrature: V_{k+1} - V_k - dt_k (c_k + rho V_k) a step; its last step is that of the whole, undone from
+    e^{-rho t} units."""
+    problem = dataclasses.replace(catalogue.get("lq-1d").exact, discount=0.7)
+    times = torch.tensor([0.0, 0.1, 0.4, 1.0])
+    path = rollout(problem, problem.reference, times, Noise(0), torch.arange(3))
+    g = torch.Generator().manual_seed(0)
+    value, cost, reward, dt = normal(g, 4, 3), normal(g, 4, 3), normal(g, 3), times.diff()[:, None]
+    step = value[1:] - value[:-1] - dt * (cost[:-1] + 0.7 * value[:-1])
+    torch.testing.assert_close(td_residual(problem, path, value, cost), step)
+    whole = martingale_residual(problem, path, reward, value, cost)
+    torch.testing.assert_close(whole[2], reward * torch.exp(-0.7 * dt[2]) - 0.6 * cost[2] - value[2])
