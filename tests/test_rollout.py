@@ -285,10 +285,17 @@ def test_a_state_that_is_not_finite_is_named(problem):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("eta", -0.1), ("beta", -1.0), ("gamma", -1.0), ("discount", -1.0), ("s_min", -1e-3), ("s_min", 1.0), ("s_max",
-    1.5),
-     ("eta", float("nan"))],
-)  # fmt: skip
+    [
+        ("eta", -0.1),
+        ("beta", -1.0),
+        ("gamma", -1.0),
+        ("discount", -1.0),
+        ("s_min", -1e-3),
+        ("s_min", 1.0),
+        ("s_max", 1.5),
+        ("eta", float("nan")),
+    ],
+)
 def test_problem_arguments_are_checked(problem, name, value):
     with pytest.raises(ValueError, match=name):
         dataclasses.replace(problem, **{name: value})
