@@ -32,6 +32,23 @@ def log_snr(problem: ScoreAsAction, steps: int) -> Tensor:
     return times
 
 
+def natural(problem: Problem, steps: int) -> Tensor:
+    """A quarter of the way from uniform in t to uniform in lambda, node by node, for score as action; else uniform."""
+    if not isinstance(problem, ScoreAsAction):
+        return uniform(problem, steps)
+    return torch.lerp(uniform(problem, steps), log_snr(problem, steps), 0.25)
+
+
+def jitter(times: Tensor, shift: Tensor) -> Tensor:
+    """Move each interior node by `shift`, (N-1,) in (-½, ½), of the step on the side it moves to; the ends stay."""
+    if shift.shape != (len(times) - 2,) or bool((shift.abs() >= 0.5).any()):
+        raise ValueError(f"shift must hold {len(times) - 2} numbers in (-1/2, 1/2)")
+    step = times.diff()
+    moved = times.clone()
+    moved[1:-1] += shift * torch.where(shift > 0, step[1:], step[:-1])
+    return moved
+
+
 def left(problem: Problem, times: Tensor) -> Tensor:
     """Left Riemann sum: order 1."""
     step = times.diff()

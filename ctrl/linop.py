@@ -47,6 +47,11 @@ class LinOp(ABC):
     def adjoint(self, v: Tensor) -> Tensor:
         """M' v."""
 
+    @property
+    @abstractmethod
+    def T(self) -> LinOp:
+        """M'."""
+
     @abstractmethod
     def solve(self, v: Tensor) -> Tensor:
         """M^-1 v."""
@@ -83,6 +88,10 @@ class Scalar(LinOp):
 
     adjoint = apply
 
+    @property
+    def T(self) -> Scalar:
+        return self
+
     def solve(self, v: Tensor) -> Tensor:
         return v / (broadcast(self.c, v) if isinstance(self.c, Tensor) else self.c)
 
@@ -116,6 +125,10 @@ class Matrix(LinOp):
 
     def adjoint(self, v: Tensor) -> Tensor:
         return (self.m.mT.to(v) @ v[..., None])[..., 0]
+
+    @property
+    def T(self) -> Matrix:
+        return Matrix(self.m.mT)
 
     def solve(self, v: Tensor) -> Tensor:
         return torch.linalg.solve(self.m.to(v), v[..., None])[..., 0]

@@ -19,8 +19,9 @@ from torch import Tensor
 _WORD = (1 << 64) - 1
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-INITIAL, PATH, ACTION = range(3)
-"""First words of an address: the initial state, the driving noise, exploration (by step: actions have no path)."""
+INITIAL, PATH, ACTION, GRID = range(4)
+"""First words of an address: the initial state, the driving noise, exploration (by step: actions have no path), and
+what an epoch draws for all samples at once."""
 
 
 def _mix_word(z: int) -> int:
@@ -60,14 +61,18 @@ class Noise:
     epoch: int = 0
     fine: Tensor | None = None
 
+    def word(self, *address: int) -> int:
+        """64 bits that belong to (seed, epoch, address) and to no sample."""
+        key = 0
+        for word in (self.seed, self.epoch, *address):
+            key = _mix_word((key ^ word) + _GOLDEN & _WORD)
+        return key
+
     def uniform(self, ids: Tensor, shape: Sequence[int], *address: int) -> Tensor:
         """Uniform on (0, 1), float64, (B, *shape); ids: (B,) int64."""
         if ids.ndim != 1 or ids.dtype != torch.int64:
             raise ValueError(f"ids must be a 1-D int64 tensor, got {ids.dtype} of shape {tuple(ids.shape)}")
-        key = 0
-        for word in (self.seed, self.epoch, *address):
-            key = _mix_word((key ^ word) + _GOLDEN & _WORD)
-        sample = _mix(_mix(ids + _signed(_GOLDEN)).bitwise_xor_(_signed(key)))
+        sample = _mix(_mix(ids + _signed(_GOLDEN)).bitwise_xor_(_signed(self.word(*address))))
         bits = _mix(sample[:, None] ^ _elements(math.prod(shape), ids.device))
         fraction = (bits >> 12).bitwise_and_(_WORD >> 12).double()
         return fraction.add_(0.5).mul_(2.0**-52).reshape(len(ids), *shape)  # exact; 53 bits would round up to 1

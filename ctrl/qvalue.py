@@ -80,7 +80,7 @@ def martingale_residual(
             f"trajectory ends at t = {float(trajectory.t[-1])}: its last state has no reward before {problem.horizon}"
         )
     decay = torch.exp(-problem.discount * trajectory.t.to(value))[:, None]
-    spent = _over_steps(trajectory, decay * cost).flip(0).cumsum(0).flip(0)
+    spent = over_steps(trajectory, decay * cost).flip(0).cumsum(0).flip(0)
     return (decay[-1] * reward - torch.cat([spent, torch.zeros_like(spent[:1])])) / decay - value
 
 
@@ -88,10 +88,10 @@ def td_residual(problem: Problem, trajectory: Trajectory, value: Tensor, cost: T
     """V_{k+1} - V_k - integral of (c + rho V) dt over a step, (N, B): the increment of the martingale, with the
     trajectory's own quadrature. value, cost: (N+1, B)."""
     same_shape(value=value, cost=cost, nodes=trajectory.x.flatten(2)[..., 0])
-    return value.diff(dim=0) - _over_steps(trajectory, cost + problem.discount * value)
+    return value.diff(dim=0) - over_steps(trajectory, cost + problem.discount * value)
 
 
-def _over_steps(trajectory: Trajectory, h: Tensor) -> Tensor:
+def over_steps(trajectory: Trajectory, h: Tensor) -> Tensor:
     """The integral of h, (N+1, B), over each step, (N, B)."""
     left, right = trajectory.w.to(h)[..., None]
     return left * h[:-1] + right * h[1:]

@@ -11,6 +11,8 @@ most this. `Gaussian.kl` and `Gaussian.entropy` are the closed forms for margina
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ctrl.gaussian import Mean
@@ -37,6 +39,14 @@ def path_kl(problem: Problem, trajectory: Trajectory, policy: Mean, reference: M
     """
     reference = reference or problem.reference
     return trajectory.integrate(lambda t, x, cond: kl_rate(problem, t, policy(t, x, cond), reference(t, x, cond)))
+
+
+def adapted(weight: float, measured: Sequence[float], aim: float, gain: float = 0.5, limit: float = 2.0) -> float:
+    """The weight of a KL, once each measured KL in turn has multiplied it by (measured/aim)^gain, at most by limit or
+    1/limit. It rises while KL is above its aim. Past KLs are all its state, so it needs no other."""
+    for kl in measured:
+        weight *= min(max((kl / aim) ** gain, 1 / limit), limit)
+    return weight
 
 
 def chain_kl(

@@ -31,6 +31,7 @@ class Trajectory:
         w: quadrature weights of each step's left and right node, (2, N).
         ids: global sample ids, (B,).
         cond: the condition, opaque.
+        reward: r(X_T), (B,); None until it is asked for, since it may be costly.
     """
 
     t: Tensor
@@ -40,6 +41,13 @@ class Trajectory:
     w: Tensor
     ids: Tensor
     cond: Any = None
+    reward: Tensor | None = None
+
+    def flat(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Time, state and sample id at every node, node by node: ((N+1) B,), ((N+1) B, *D), ((N+1) B,)."""
+        nodes, batch = self.x.shape[:2]
+        t = self.t.to(torch.promote_types(self.x.dtype, torch.float32)).repeat_interleave(batch)
+        return t, self.x.flatten(0, 1), self.ids.repeat(nodes)
 
     def integrate(self, h: Callable[[Tensor, Tensor, Any], Tensor]) -> Tensor:
         """sum_k w_k h(t_k, x_k, cond) ~ integral of h dt along each sample, (B,); nodes of weight zero are not
@@ -62,6 +70,19 @@ class Trajectory:
 
     def _batch_times(self) -> Sequence[Tensor]:
         return batch_times(self.t, self.x.dtype, len(self.ids))
+
+
+def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
+    """Trajectories on one grid, without conditions, as one."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def join(name: str, dim: int) -> Tensor | None:
+        values = [getattr(p, name) for p in parts]
+        return None if values[0] is None else torch.cat(values, dim)
+
+    x, ids = torch.cat([p.x for p in parts], 1), torch.cat([p.ids for p in parts])
+    return Trajectory(parts[0].t, x, join("a", 1), join("xi", 1), parts[0].w, ids, None, join("reward", 0))
 
 
 def batch_times(t: Tensor, dtype: torch.dtype, batch: int) -> Sequence[Tensor]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from ctrl import grids
 from ctrl.gaussian import Gaussian
-from ctrl.linop import LinOp, Matrix, Scalar
+from ctrl.linop import LinOp, Matrix, Scalar, broadcast
 from ctrl.problem import Problem, ScoreAsAction
 
 Act = Callable[[Tensor, Tensor], Tensor]
@@ -47,6 +47,8 @@ class Solver(ABC):
 
     calls: ClassVar[int] = 1
     """Policy evaluations a step."""
+    multistep: ClassVar[bool] = False
+    """Whether `carry` hands anything on."""
 
     def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
         """The quadrature weights, (2, N), whose order matches the method's weak order."""
@@ -80,16 +82,35 @@ class GaussianStep(Solver):
         return self.transition(problem, c, x, a, memory).sample(xi)
 
 
+def at_steps(plan: list[Any], k: Tensor) -> Any:
+    """The coefficients of steps k, (n,), as one: each is (n,), so that `transition` takes shuffled steps at once."""
+
+    def column(values: list[Any]) -> Any:
+        if isinstance(values[0], Scalar):
+            return Scalar(column([v.c for v in values]))
+        if isinstance(values[0], Matrix):
+            return Matrix(torch.stack([v.m for v in values])[k])
+        stacked = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values, dtype=torch.float64)
+        return stacked.to(k.device)[k]
+
+    return type(plan[0])(*(column([getattr(c, f.name) for c in plan]) for f in fields(plan[0])))
+
+
+def _add(x: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
+    """x + c v, c a number or (B,)."""
+    return x + broadcast(c, v) * v if isinstance(c, Tensor) else torch.add(x, v, alpha=c)
+
+
 @dataclass(frozen=True)
 class _EulerStep:
     t: Tensor
-    dt: float
+    dt: float | Tensor
     t_next: Tensor
     root: LinOp
 
 
-def _euler_plan(problem: Problem, times: Tensor) -> list[_EulerStep]:
-    dt, spread = times.diff().tolist(), problem.clock(times).diff().sqrt().tolist()
+def _euler_plan(problem: Problem, times: Tensor, variance: Tensor) -> list[_EulerStep]:
+    dt, spread = times.diff().tolist(), variance.sqrt().tolist()
     return [
         _EulerStep(t, h, t_next, problem.root.scale(w))
         for t, h, t_next, w in zip(times[:-1].unbind(), dt, times[1:].unbind(), spread, strict=True)
@@ -98,14 +119,18 @@ def _euler_plan(problem: Problem, times: Tensor) -> list[_EulerStep]:
 
 @dataclass(frozen=True)
 class EulerMaruyama(GaussianStep):
-    """x_{k+1} = x_k + dt (b0 + B a) + L dW~. Weak and (additive noise) strong order 1."""
+    """x_{k+1} = x_k + dt (b0 + B a) + L dW~. Weak and (additive noise) strong order 1. With `left_noise` the variance
+    is g²(t_k) dt, as in public codes, in place of the integral of g²."""
+
+    left_noise: bool = False
 
     def plan(self, problem: Problem, times: Tensor) -> list[_EulerStep]:
-        return _euler_plan(problem, times)
+        exact = problem.clock(times).diff()
+        return _euler_plan(problem, times, problem.rate(times[:-1]) * times.diff() if self.left_noise else exact)
 
     def transition(self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
         velocity = problem.drift(c.t, x) + problem.control(c.t).apply(a)
-        return Gaussian(torch.add(x, velocity, alpha=c.dt), c.root)
+        return Gaussian(_add(x, velocity, c.dt), c.root)
 
 
 @dataclass(frozen=True)
@@ -121,22 +146,22 @@ class Heun(Solver):
         return grids.trapezoid(problem, times)
 
     def plan(self, problem: Problem, times: Tensor) -> list[_EulerStep]:
-        return _euler_plan(problem, times)
+        return _euler_plan(problem, times, problem.clock(times).diff())
 
     def step(
         self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
     ) -> Tensor:
         first = problem.drift(c.t, x) + problem.control(c.t).apply(a)
         start = x + c.root.apply(xi)
-        ahead = torch.add(start, first, alpha=c.dt)
+        ahead = _add(start, first, c.dt)
         second = problem.drift(c.t_next, ahead) + problem.control(c.t_next).apply(act(c.t_next, ahead))
-        return torch.add(start, first + second, alpha=c.dt / 2)
+        return _add(start, first + second, c.dt / 2)
 
 
 @dataclass(frozen=True)
 class _ExponentialStep:
-    from_x: float
-    from_a: float
+    from_x: float | Tensor
+    from_a: float | Tensor
     root: Scalar
 
 
@@ -162,7 +187,7 @@ class _Exponential(GaussianStep):
     def transition(
         self, problem: Problem, c: _ExponentialStep, x: Tensor, a: Tensor, memory: Tensor | None
     ) -> Gaussian:
-        return Gaussian(torch.add(x * c.from_x, a, alpha=c.from_a), c.root)
+        return Gaussian(_add(Scalar(c.from_x).apply(x), a, c.from_a), c.root)
 
 
 @dataclass(frozen=True)
@@ -189,11 +214,11 @@ class DDIM(_Exponential):
 
 @dataclass(frozen=True)
 class _MultistepStep:
-    tweedie_x: float
-    tweedie_a: float
-    from_x: float
-    from_x0: float
-    extrapolate: float
+    tweedie_x: float | Tensor
+    tweedie_a: float | Tensor
+    from_x: float | Tensor
+    from_x0: float | Tensor
+    extrapolate: float | Tensor
     root: Scalar
 
 
@@ -205,6 +230,8 @@ class Multistep2(GaussianStep):
     D = x0hat + (dl/(2 dl_-)) (x0hat - x0hat_-), dl the step in lambda, minus the step before. Gaussian given (x_k,
     x_{k-1}).
     """
+
+    multistep: ClassVar[bool] = True
 
     def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
         return grids.clock_trapezoid(problem, times)
@@ -230,12 +257,12 @@ class Multistep2(GaussianStep):
 
     def transition(self, problem: Problem, c: _MultistepStep, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
         x0hat = self.carry(c, x, a)
-        target = x0hat if memory is None else torch.lerp(memory, x0hat, 1 + c.extrapolate)
-        return Gaussian(torch.add(x * c.from_x, target, alpha=c.from_x0), c.root)
+        target = x0hat if memory is None else _add(x0hat, x0hat - memory, c.extrapolate)
+        return Gaussian(_add(Scalar(c.from_x).apply(x), target, c.from_x0), c.root)
 
     def carry(self, c: _MultistepStep, x: Tensor, a: Tensor) -> Tensor:
         """x0hat."""
-        return torch.add(x * c.tweedie_x, a, alpha=c.tweedie_a)
+        return _add(Scalar(c.tweedie_x).apply(x), a, c.tweedie_a)
 
 
 def _diffusion(problem: Problem, solver: Solver) -> ScoreAsAction:

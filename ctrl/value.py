@@ -3,7 +3,7 @@
 The structured critic (arXiv 2502.01819) starts from the reward itself: at the data end V = r, and before it r at the
 reference's Tweedie mean x0hat is a first guess, which a network corrects:
 
-    V(t, x) = c_skip(u) r(x0hat(t, x)) + c_out(u) F(t, x, cond),   u = 1 - t/T the time to go,
+    V(t, x) = c_skip(u) r(x0hat(t, x)) + c_out(u) F(t, x, x0hat, cond),   u = 1 - t/T the time to go,
     c_skip(0) = 1, c_out(0) = 0, so that V(T, .) = r exactly (x0hat = x there).
 """
 
@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl.linop import same_shape
-from ctrl.problem import ScoreAsAction
+from ctrl.problem import Problem, Reward
 
 
 class Critic(ABC):
@@ -48,23 +48,49 @@ class Skip:
     c_out: Callable[[Tensor], Tensor]
 
 
+Network = Callable[[Tensor, Tensor, Tensor, Any], Tensor]
+"""network(t, x, x0hat, cond) -> (B,): it may look at the noisy state, at the guess of where it ends, or at both."""
+
 COSINE = Skip(lambda u: torch.cos(math.pi / 2 * u), lambda u: torch.sin(math.pi / 2 * u))
 LINEAR = Skip(lambda u: 1 - u, lambda u: u)
 
 
-@dataclass(frozen=True)
-class StructuredCritic(Critic):
-    """V = c_skip(u) r(x0hat) + c_out(u) F(t, x, cond). `network` is F: (t, x, cond) -> (B,)."""
+class NetworkCritic(nn.Module, Critic):
+    """V = F(t, x, x0hat, cond), a network and nothing else."""
 
-    problem: ScoreAsAction
-    network: Callable[[Tensor, Tensor, Any], Tensor]
-    skip: Skip = COSINE
+    def __init__(self, problem: Problem, network: Network) -> None:
+        super().__init__()
+        self.problem, self.network = problem, network
+
+    def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        return self.network(t, x, self.problem.endpoint(t, x, cond), cond)
+
+
+class StructuredCritic(nn.Module, Critic):
+    """V = c_skip(u) r(x0hat) + c_out(u) F(t, x, x0hat, cond).
+
+    Args:
+        network: F, (t, x, x0hat, cond) -> (B,).
+        reward: stands in for a reward that is not differentiable: a module (x, cond) -> (B,), trained with F, since V
+            is fitted to the reward itself at t = T.
+    """
+
+    def __init__(
+        self, problem: Problem, network: Network, skip: Skip = COSINE, reward: nn.Module | None = None
+    ) -> None:
+        super().__init__()
+        self.problem, self.network, self.skip = problem, network, skip
+        self.stand_in = reward  # the problem's own reward is not the critic's to train, even if it is a module
 
     def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         u = (1 - t / self.problem.horizon).clamp(0, 1).to(x.dtype)
-        x0hat = self.problem.x0hat(t, x, self.problem.reference(t, x, cond))
-        reward, correction = self.problem.reward(x0hat, cond), self.network(t, x, cond)
+        x0hat = self.problem.endpoint(t, x, cond)
+        r: Reward = self.problem.reward if self.stand_in is None else self.stand_in
+        reward, correction = r(x0hat, cond), self.network(t, x, x0hat, cond)
         same_shape(reward=reward, network=correction, u=u)
         if torch.is_grad_enabled() and x.requires_grad and not reward.requires_grad:  # or grad V lacks its part
-            raise ValueError("the reward is not differentiable in x, so V has values, but no gradient")
+            raise ValueError(
+                "the reward is not differentiable in x, so V has values, but no gradient: give StructuredCritic a "
+                "learned stand-in, reward=module(x, cond) -> (B,)"
+            )
         return self.skip.c_skip(u) * reward + self.skip.c_out(u) * correction

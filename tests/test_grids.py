@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.integrate import quad
 
 from ctrl import VE, IsotropicNormal, RectifiedFlow, ScoreAsAction, VPCosine, VPLinear, VPTable, fit_order, grids
+from toy import catalogue
 
 NOISINGS = {
     "linear": VPLinear(),
@@ -78,13 +79,18 @@ def test_log_snr(noising, steps):
 def test_grids_are_float64_whatever_the_default():
     p = problem(VPLinear())
     exact = grids.uniform(p, 10), grids.log_snr(p, 10)
+    natural, shift = grids.natural(p, 10), torch.linspace(-0.4, 0.4, 9)
+    jittered = grids.jitter(natural, shift)
     torch.set_default_dtype(torch.float32)
+    assert torch.equal(grids.natural(p, 10), natural)
+    assert torch.equal(grids.jitter(natural, shift), jittered)
+    assert grids.jitter(natural, shift.float()).dtype == torch.float64
     assert torch.equal(grids.uniform(p, 10), exact[0])
     assert torch.equal(grids.log_snr(p, 10), exact[1])
 
 
 @pytest.mark.parametrize("steps", [0, -1, 2.0, "4", None])
-@pytest.mark.parametrize("make", [grids.uniform, grids.log_snr])
+@pytest.mark.parametrize("make", [grids.uniform, grids.log_snr, grids.natural])
 def test_steps_are_a_positive_integer(make, steps):
     with pytest.raises(ValueError, match="steps must be an integer >= 1"):
         make(problem(VPLinear()), steps)
@@ -92,8 +98,9 @@ def test_steps_are_a_positive_integer(make, steps):
 
 def test_log_snr_needs_noise_at_the_data_end():
     """lambda is infinite at s = 0 unless sigma > 0 there."""
-    with pytest.raises(ValueError, match=r"s_min = 0.*s_min > 0"):
-        grids.log_snr(problem(VPLinear(), s_min=0.0), 4)
+    for make in (grids.log_snr, grids.natural):
+        with pytest.raises(ValueError, match=r"s_min = 0.*s_min > 0"):
+            make(problem(VPLinear(), s_min=0.0), 4)
     assert bool(torch.isfinite(grids.log_snr(problem(VE(), s_min=0.0), 4)).all())
 
 
@@ -132,3 +139,84 @@ def test_orders(rule, order, make):
         times = make(p, n)
         errors.append(float((RULES[rule](p, times) * torch.exp(times) * torch.cos(3 * times)).sum()) - truth)
     assert abs(fit_order(steps, errors) - order) < 0.1
+
+
+@every
+@pytest.mark.parametrize("steps", [1, 10, 200])
+def test_natural(noising, steps):
+    """A quarter of the way from t_k = k T/N to the time at which lambda has gone k/N of its way; increasing, ends
+    exact."""
+    p = problem(noising)
+    times = grids.natural(p, steps)
+    assert times.dtype == torch.float64 and times.shape == (steps + 1,)
+    assert float(times[0]) == 0.0 and float(times[-1]) == p.horizon
+    p.check_times(times)
+    share = torch.arange(steps + 1, dtype=torch.float64) / steps
+    other = 4 * times - 3 * share * p.horizon
+    ends = noising.log_snr(torch.tensor([0.9, 0.01], dtype=torch.float64))
+    close(noising.log_snr(p.s(other)), ends[0] + share * (ends[1] - ends[0]), 1e-8, 1e-8)
+
+
+@pytest.mark.parametrize("name", ["lq-1d", "lq-4d"])
+def test_natural_is_uniform_without_a_noising(name):
+    p = catalogue.get(name).problem
+    assert torch.equal(grids.natural(p, 7), grids.uniform(p, 7))
+
+
+ALMOST_HALF = 0.5 - 1e-9
+"""Neighbours that both move this far towards each other keep 2e-9 of the step between them, against rounding of 1e-16
+of the horizon and steps of at least 1e-4 of it."""
+
+
+@given(steps=uneven, data=st.data())
+def test_jitter(steps, data):
+    """t_k + shift times the step on that side: strictly increasing whatever the shifts, with the ends in place; each
+    node stays closer to where it was than half a step; the grid itself is left alone."""
+    p = problem(VPLinear())
+    times = grid(p, steps)
+    before = times.clone()
+    shifts = st.floats(-ALMOST_HALF, ALMOST_HALF)
+    shift = torch.tensor(data.draw(st.lists(shifts, min_size=len(steps) - 1, max_size=len(steps) - 1)))
+    moved = grids.jitter(times, shift)
+    assert torch.equal(times, before)
+    assert torch.equal(moved[[0, -1]], times[[0, -1]])
+    p.check_times(moved)
+    for k, v in enumerate(shift.tolist(), 1):
+        step = times[k + 1] - times[k] if v > 0 else times[k] - times[k - 1]
+        close(moved[k], times[k] + v * step)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+@pytest.mark.parametrize("alternating", [False, True])
+def test_jitter_at_its_worst(sign, alternating):
+    """All nodes as far as they go to one side, or neighbours towards each other, on a grid of a thousand steps."""
+    p = problem(VPLinear())
+    shift = sign * ALMOST_HALF * (torch.tensor([1.0, -1.0]).repeat(500)[:999] if alternating else torch.ones(999))
+    for times in (grids.uniform(p, 1000), grids.log_snr(p, 1000)):
+        p.check_times(grids.jitter(times, shift))
+
+
+def test_jitter_of_one_step_moves_nothing():
+    times = torch.tensor([0.0, 0.7], dtype=torch.float64)
+    assert torch.equal(grids.jitter(times, torch.zeros(0)), times)
+
+
+@pytest.mark.parametrize(
+    "shift",
+    [
+        torch.zeros(3),
+        torch.zeros(1),
+        torch.zeros(2, 1),
+        torch.zeros(()),
+        torch.tensor([0.5, 0.0]),
+        torch.tensor([0.0, -0.5]),
+        torch.tensor([0.0, math.inf]),
+        pytest.param(
+            torch.tensor([0.0, math.nan]), marks=pytest.mark.xfail(reason="nan is not >= 1/2, and passes the check")
+        ),
+    ],
+    ids=str,
+)
+def test_jitter_refuses_what_could_fold_the_grid(shift):
+    with pytest.raises(ValueError, match=r"shift must hold 2 numbers in \(-1/2, 1/2\)"):
+        grids.jitter(torch.linspace(0, 1, 4), shift)

@@ -60,6 +60,9 @@ def test_against_dense(kind):
     close(op.solve(u), np.stack([np.linalg.solve(a, b) for a, b in zip(m, u.numpy(), strict=True)]))
     close(op.logabsdet(3).expand(4), np.log(np.abs(np.linalg.det(m))))
     close(dot(op.apply(u), v), dot(u, op.adjoint(v)))
+    close(op.T.apply(u), op.adjoint(u), 0, 0)
+    close(op.T.adjoint(u), op.apply(u), 0, 0)
+    close(op.T.solve(u), np.stack([np.linalg.solve(a.T, b) for a, b in zip(m, u.numpy(), strict=True)]))
     close(op.solve(op.apply(u)), u)
 
 
@@ -163,3 +166,11 @@ def test_cholesky(n, seed):
 def test_cholesky_names_what_is_wrong(bad, why):
     with pytest.raises(ValueError, match=f"Q must be .*{why}"):
         cholesky(bad.double(), "Q")
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (4, 3, 2)])
+def test_transpose_of_a_rectangle(shape):
+    """M' of the control's shape: states to actions, and back to M."""
+    M, v = normal(*shape), normal(4, 3, seed=1)
+    close(Matrix(M).T.apply(v), torch.einsum("...ij,...i->...j", M, v))
+    close(Matrix(M).T.T.apply(v[:, :2]), Matrix(M).apply(v[:, :2]), 0, 0)

@@ -14,7 +14,7 @@ from scipy import stats
 
 import ctrl.noise
 from ctrl import Estimate, Noise, z_bound
-from ctrl.noise import ACTION, INITIAL, PATH
+from ctrl.noise import ACTION, GRID, INITIAL, PATH
 
 N = 2**16
 BITS = 52
@@ -92,7 +92,7 @@ def test_every_word_of_the_address_counts():
     draws = [Noise(seed, epoch).uniform(ids, (4,), *address) for seed, epoch, address in keys]
     numbers = torch.stack(draws).flatten()
     assert len(numbers.unique()) == len(numbers) == 72 * 64
-    assert len({INITIAL, PATH, ACTION}) == 3
+    assert len({INITIAL, PATH, ACTION, GRID}) == 4
     many = draw(2**14, (4,)).flatten()  # a collision among 2^16 of 2^52 values: probability 5e-7
     assert len(many.unique()) == len(many)
 
@@ -221,3 +221,29 @@ def test_a_grid_that_is_not_nested_is_refused(times):
 def test_ids_are_a_list_of_int64(ids):
     with pytest.raises(ValueError, match="ids must be a 1-D int64 tensor"):
         Noise(0).normal(ids, (2,))
+
+
+@given(seed=words, epoch=words, address=st.lists(words, max_size=3))
+def test_word_folds_the_address(seed, epoch, address):
+    """key <- splitmix64((key ^ word) + golden) over (seed, epoch, *address), from 0, in 64 bits."""
+    key = 0
+    for word in (seed, epoch, *address):
+        key = splitmix64(((key ^ word % 2**64) + 0x9E3779B97F4A7C15) % 2**64)
+    assert Noise(seed, epoch).word(*address) == key
+    assert 0 <= key < 2**64
+
+
+def test_no_two_words_agree():
+    """They differ by seed, by epoch, by address, by its order and by its length; the grid `fine` does not matter."""
+    addresses = ((), (GRID,), (GRID, 0), (GRID, 1), (0, GRID), (PATH,), (GRID, 1, 1))
+    keys = list(itertools.product((0, 1, -1, 2**62), range(50), addresses))
+    assert len({Noise(seed, epoch).word(*address) for seed, epoch, address in keys}) == len(keys)
+    assert Noise(3, 4, torch.zeros(2)).word(GRID) == Noise(3, 4).word(GRID)
+
+
+def test_bits_of_words_are_fair():
+    """Each of the 64 bits over epochs, and independent from one epoch to the next."""
+    values = [Noise(5, epoch).word(GRID) for epoch in range(2**12)]
+    coins = torch.tensor([[float(value >> i & 1) for i in range(64)] for value in values]) * 2 - 1
+    assert_zero(coins)
+    assert_zero(coins[1:] * coins[:-1])

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from hypothesis import given
 
 from ctrl import (
     DDIM,
@@ -27,6 +28,8 @@ from ctrl import (
     z_bound,
 )  # fmt: skip
 from ctrl.noise import ACTION, INITIAL
+from ctrl.rollout import concatenate
+from tests.strategies import SEEDS, gaussians, states
 from toy import catalogue
 from toy.chain import affine_steps, chain_moments
 
@@ -402,3 +405,77 @@ def test_forward_times_stay_within_the_cut(problem):
     """s = s_max - t, but never a rounding beyond s_min or s_max, where coefficients may not exist."""
     t = torch.tensor([-1e-9, 0.25, problem.horizon + 1e-9])
     assert problem.s(t).tolist() == [1.0, 0.75, problem.s_min]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_flat_goes_node_by_node(problem, dtype):
+    """Entry k B + b is node k of sample b, as `unflatten` and `at_nodes` have it; times keep float32 at least."""
+    ids, times = torch.tensor([7, 3, 9]), grids.uniform(problem, 4)
+    path = rollout(problem, problem.reference, times, Noise(0), ids, dtype=dtype)
+    t, x, of = path.flat()
+    assert t.shape == of.shape == (15,) and x.shape == (15, 2)
+    assert t.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and x.dtype == dtype
+    for k in range(5):
+        for b in range(3):
+            i = 3 * k + b
+            assert (float(t[i]), int(of[i])) == (float(times[k].to(t.dtype)), int(ids[b]))
+            assert torch.equal(x[i], path.x[k, b])
+
+    def h(t, x, cond=None):
+        return t.to(x) + x.sum(1)
+
+    assert torch.equal(h(t, x).unflatten(0, (5, 3)), path.at_nodes(h))
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_concatenated_parts_are_the_whole(problem, solver):
+    """Samples simulated in parts and joined are those simulated at once, with all that a trajectory holds."""
+    ids, times = torch.arange(20, 27), grids.natural(problem, 4)
+
+    def run(ids):
+        path = rollout(problem, problem.reference, times, Noise(0), ids, solver=solver)
+        return dataclasses.replace(path, reward=problem.reward(path.x[-1], None))
+
+    whole, joined = run(ids), concatenate([run(part) for part in ids.split(3)])
+    for name in ("t", "x", "a", "xi", "w", "ids", "reward"):
+        torch.testing.assert_close(getattr(joined, name), getattr(whole, name), rtol=1e-13, atol=1e-13)
+    assert concatenate([whole]) is whole
+
+
+def test_what_was_not_recorded_is_not_concatenated(problem):
+    """None stays None: actions and noise of other solvers, and the reward, which nobody asked for."""
+    path = rollout(problem, problem.reference, grids.uniform(problem, 2), Noise(0), torch.arange(2))
+    assert path.reward is None
+    bare = dataclasses.replace(path, a=None, xi=None)
+    joined = concatenate([bare, bare])
+    assert joined.a is None and joined.xi is None and joined.reward is None and joined.cond is None
+    assert joined.x.shape == (3, 4, 2)
+
+
+@given(gaussians(), SEEDS)
+def test_endpoint_of_a_diffusion_is_the_posterior_mean(p, seed):
+    """E[X_{s_min} | X_s = x] = m + (alpha/alpha_m) V_m V^-1 (x - alpha mu) for Gaussian data, at every eta; at t = T, x
+    itself."""
+    t, x = states(p.problem, seed=seed)
+    (alpha, v), (alpha_m, v_m) = p.variances(p.problem.s(t)), p.variances(torch.tensor(p.s_min))
+    U = p.axes[1]
+    mean = alpha_m * p.mu + ((x - alpha * p.mu) @ U * (alpha / alpha_m * v_m / v)) @ U.mT
+    torch.testing.assert_close(p.problem.endpoint(t, x), mean, rtol=1e-9, atol=1e-9)
+    for T in (p.problem.horizon, p.problem.horizon + 1e-9):
+        torch.testing.assert_close(p.problem.endpoint(torch.full_like(t, T), x), x, rtol=1e-12, atol=1e-12)
+
+
+def test_endpoint_sees_the_condition():
+    """The reference's Tweedie mean is that of the sample's class."""
+    entry = catalogue.get("mixture-2d-conditional")
+    t, x = states(entry.problem, n=6)
+    cond = entry.condition(torch.arange(6))
+    s_ref = entry.problem.reference(t, x, cond)
+    assert torch.equal(entry.problem.endpoint(t, x, cond), entry.problem.x0hat(t, x, s_ref))
+    assert not torch.allclose(entry.problem.endpoint(t, x, cond), entry.problem.endpoint(t, x, 0 * cond))
+
+
+def test_endpoint_elsewhere_is_the_state():
+    lq = catalogue.get("lq-4d").problem
+    t, x = states(lq)
+    assert torch.equal(lq.endpoint(t, x), x)

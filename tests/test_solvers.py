@@ -21,6 +21,7 @@ from ctrl import (
     grids,
     rollout,
 )  # fmt: skip
+from ctrl.solvers import GaussianStep, at_steps
 from toy import catalogue
 from toy.chain import chain_moments
 
@@ -45,7 +46,9 @@ def moment_errors(p, policy, solver, grid=grids.uniform, steps=STEPS):
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
 @pytest.mark.parametrize(
-    ("solver", "order"), [(EulerMaruyama(), 1), (Exponential(), 1), (Heun(), 2), (Multistep2(), 2)], ids=str
+    ("solver", "order"),
+    [(EulerMaruyama(), 1), (EulerMaruyama(left_noise=True), 1), (Exponential(), 1), (Heun(), 2), (Multistep2(), 2)],
+    ids=str,
 )
 def test_weak_order(gaussian, solver, order, eta):
     """Mean and covariance of the law at T, exactly, for a policy that is not the score; gap to the next order is 1."""
@@ -210,3 +213,106 @@ def test_multistep_needs_finite_log_snr(gaussian):
 def test_ddim_eta_range(ddim_eta):
     with pytest.raises(ValueError, match="ddim_eta"):
         DDIM(ddim_eta)
+
+
+def test_euler_s_noise(gaussian):
+    """The variance of a step is eta² times the integral of g² by default, and eta² g²(t_k) dt with `left_noise`; all
+    else is the same, and so is everything where the noise has a constant rate."""
+    problem = dataclasses.replace(gaussian.problem, eta=0.7)
+    times = grids.natural(problem, 6)
+    s, exact, left = problem.s(times), EulerMaruyama(), EulerMaruyama(left_noise=True)
+    variance = {
+        exact: problem.noising.int_g2(s[:-1]) - problem.noising.int_g2(s[1:]),
+        left: problem.noising.g2(s[:-1]) * times.diff(),
+    }
+    x, a = torch.tensor([[0.3]]), torch.tensor([[-1.1]])
+    means = []
+    for solver, truth in variance.items():
+        laws = [solver.transition(problem, c, x, a, None) for c in solver.plan(problem, times)]
+        roots = torch.stack([law.sample(torch.ones(1, 1)) - law.mean for law in laws])[:, 0, 0]
+        torch.testing.assert_close(roots.square(), 0.49 * truth)
+        means.append(torch.stack([law.mean for law in laws]))
+    assert torch.equal(*means)
+    lq = catalogue.get("lq-4d").problem
+    times = torch.tensor([0.0, 0.3, 1.7])
+    for one, other in zip(exact.plan(lq, times), left.plan(lq, times), strict=True):
+        torch.testing.assert_close(one.root.m, other.root.m)
+        torch.testing.assert_close(one.root.m @ one.root.m.mT, lq.S @ lq.S.mT * one.dt)
+
+
+GAUSSIAN_STEPS = [EulerMaruyama(), EulerMaruyama(left_noise=True), Exponential(), DDIM(0.5), Multistep2()]
+
+
+def step_by_step(problem, policy, solver, dtype=torch.float64):
+    """A trajectory, its solver's plan, and the law of every x_{k+1} given the past, one node after the other."""
+    times = grids.natural(problem, 7)
+    path = rollout(problem, policy, times, Noise(1), torch.arange(5), solver=solver, dtype=dtype)
+    plan, memory, laws = solver.plan(problem, times), None, []
+    for k, c in enumerate(plan):
+        laws.append(solver.transition(problem, c, path.x[k], path.a[k], memory))
+        memory = solver.carry(c, path.x[k], path.a[k])
+    return path, plan, laws
+
+
+def shuffled(problem, solver, path, plan):
+    """The same laws at nodes (k, b) in any order, all at once; k: (n,), b: (n,)."""
+    index = torch.randperm(35, generator=torch.Generator().manual_seed(0))[:30]
+    k, b = index // 5, index % 5
+    last = (k - 1).clamp(min=0)
+    memory = solver.carry(at_steps(plan, last), path.x[last, b], path.a[last, b])
+    return k, b, solver.transition(problem, at_steps(plan, k), path.x[k, b], path.a[k, b], memory)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("gaussian-16d", s) for s in GAUSSIAN_STEPS] + [("lq-4d", s) for s in GAUSSIAN_STEPS[:2]]
+)
+def test_steps_in_any_order(name, solver):
+    """`at_steps`: transitions at shuffled nodes, of mixed k, are those of the rollout step by step, and so are the
+    multistep memory, their samples (the rollout's next states) and their log-densities."""
+    entry = catalogue.get(name)
+    problem = entry.problem if name == "lq-4d" else dataclasses.replace(entry.problem, eta=0.7)
+
+    def policy(t, x, cond=None):
+        return entry.optimal_policy(t, x) + 0.3
+
+    path, plan, laws = step_by_step(problem, policy, solver)
+    k, b, law = shuffled(problem, solver, path, plan)
+    assert len(set(k.tolist())) == 7
+    torch.testing.assert_close(law.mean, torch.stack([v.mean for v in laws])[k, b], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(law.sample(path.xi[k, b]), path.x[k + 1, b], rtol=1e-12, atol=1e-12)
+    y = path.x[k + 1, b] + 0.1
+    log_probs = torch.stack([v.log_prob(x + 0.1) for v, x in zip(laws, path.x[1:], strict=True)])[k, b]
+    torch.testing.assert_close(law.log_prob(y), log_probs, rtol=1e-11, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "solver"), [("gaussian-16d", s) for s in GAUSSIAN_STEPS] + [("lq-4d", s) for s in GAUSSIAN_STEPS[:2]]
+)
+def test_steps_in_any_order_keep_the_states_precision(name, solver):
+    """float64 coefficients do not turn float32 states into float64: the rollout's next states within 20 roundings."""
+    entry = catalogue.get(name)
+    path, plan, _ = step_by_step(entry.problem, entry.optimal_policy, solver, torch.float32)
+    k, b, law = shuffled(entry.problem, solver, path, plan)
+    x = law.sample(path.xi[k, b])
+    assert law.mean.dtype == x.dtype == torch.float32
+    torch.testing.assert_close(x, path.x[k + 1, b], rtol=0, atol=20 * 1.2e-7 * float(path.x.abs().max()))
+
+
+def test_the_first_of_many_steps_needs_no_memory(gaussian):
+    """2M extrapolates from the second step on: at k = 0 any memory has no weight."""
+    solver, times = Multistep2(), grids.natural(gaussian.problem, 4)
+    plan, k = solver.plan(gaussian.problem, times), torch.tensor([0, 1])
+    x, a = torch.ones(2, 1), torch.zeros(2, 1)
+    near, far = (solver.transition(gaussian.problem, at_steps(plan, k), x, a, m * torch.ones(2, 1)).mean
+                 for m in (0.0, 9.0))  # fmt: skip
+    torch.testing.assert_close(near[0], solver.transition(gaussian.problem, plan[0], x[:1], a[:1], None).mean[0])
+    assert float(near[0]) == float(far[0]) and abs(float(near[1] - far[1])) > 0.1
+
+
+@pytest.mark.parametrize("solver", [*GAUSSIAN_STEPS, Heun(), Exact(None)], ids=str)
+def test_multistep_methods_say_so(solver, gaussian):
+    """`multistep` is what tells a learner to look one step back: it is true where `carry` hands something on."""
+    problem, times = gaussian.problem, grids.natural(gaussian.problem, 2)
+    c = None if isinstance(solver, Exact) else solver.plan(problem, times)[0]
+    assert solver.multistep == (solver.carry(c, torch.ones(2, 1), torch.ones(2, 1)) is not None)
+    assert isinstance(solver, GaussianStep) == (solver in GAUSSIAN_STEPS)

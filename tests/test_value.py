@@ -20,6 +20,9 @@ from ctrl import (
     VPLinear,
     VPTable,
 )
+from ctrl.value import NetworkCritic
+from toy import catalogue
+from toy.networks import Value
 
 M, C = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64), 0.7
 """Data N(M, C 1) before any noise."""
@@ -34,7 +37,7 @@ def reward(x, cond):
     return -K / 2 * x.square().sum(1) + x @ H.to(x) + (0 if cond is None else cond)
 
 
-def network(t, x, cond):
+def network(t, x, x0hat, cond):
     """F = t <H, x> + |x|²/4 + 2, plus cond."""
     return t * (x @ H.to(x)) + x.square().sum(1) / 4 + 2 + (0 if cond is None else cond)
 
@@ -62,10 +65,10 @@ def close(a, b, rtol=1e-10, atol=1e-10):
 def test_one_number_a_sample(name):
     """A column (B, 1) would broadcast to (B, B)."""
     p, x = problem(VPLinear()), states()
-    column = {"network": lambda t, x, c: x[:, :1]}
+    column = {"network": lambda t, x, x0hat, c: x[:, :1]}
     if name == "reward":
         p = replace(p, reward=lambda x, c: x[:, :1])
-    critic = StructuredCritic(p, column.get(name, lambda t, x, c: x[:, 0]))
+    critic = StructuredCritic(p, column.get(name, lambda t, x, x0hat, c: x[:, 0]))
     with pytest.raises(ValueError, match=name):
         critic.value(torch.zeros(len(x)), x)
 
@@ -89,9 +92,9 @@ def test_at_the_data_end_it_is_the_reward(noising, skip, s_min):
 def test_at_the_start_it_is_the_network(noising, skip):
     """c_skip = 0 and c_out = 1 at t = 0."""
     critic, x, t = StructuredCritic(problem(noising), network, skip), states(), torch.zeros(5)
-    close(critic.value(t, x), network(t, x, None))
+    close(critic.value(t, x), network(t, x, x, None))
     close(critic.grad(t, x), x / 2)
-    close(critic.value(t, x, 0.3), network(t, x, 0.3))
+    close(critic.value(t, x, 0.3), network(t, x, x, 0.3))
 
 
 @every
@@ -111,7 +114,7 @@ def test_value_and_gradient_by_hand(noising, skip):
     u = 1 - t / 0.94
     c_skip, c_out = (torch.cos(math.pi * u / 2), torch.sin(math.pi * u / 2)) if skip == "cosine" else (1 - u, u)
     critic = StructuredCritic(p, network, COSINE if skip == "cosine" else LINEAR)
-    close(critic.value(t, x), c_skip * reward(x0hat, None) + c_out * network(t, x, None), 1e-9, 1e-9)
+    close(critic.value(t, x), c_skip * reward(x0hat, None) + c_out * network(t, x, x, None), 1e-9, 1e-9)
     by_hand = c_skip[:, None] * A * (H - K * x0hat) + c_out[:, None] * (t[:, None] * H + x / 2)
     close(critic.grad(t, x), by_hand, 1e-9, 1e-9)
 
@@ -168,7 +171,7 @@ def test_grad_leaves_no_trace(critic):
 def test_grad_of_a_network_leaves_its_parameters_alone():
     torch.manual_seed(0)
     net = torch.nn.Linear(3, 1)
-    critic = StructuredCritic(problem(VPLinear()), lambda t, x, cond: net(x)[:, 0])
+    critic = StructuredCritic(problem(VPLinear()), lambda t, x, x0hat, cond: net(x)[:, 0])
     critic.grad(torch.zeros(5), states())
     assert all(w.grad is None for w in net.parameters())
     close(critic.grad(torch.zeros(5), states()), net.weight.detach().expand(5, 3))
@@ -189,9 +192,9 @@ def test_a_reward_without_gradient_makes_grad_raise(black_box, t):
     net = torch.nn.Linear(3, 1)
     for F in (
         network,
-        lambda t, x, cond: torch.zeros(len(x)),
-        lambda t, x, cond: net(x)[:, 0],
-        lambda t, x, cond: net(x.detach())[:, 0],
+        lambda t, x, x0hat, cond: torch.zeros(len(x)),
+        lambda t, x, x0hat, cond: net(x)[:, 0],
+        lambda t, x, x0hat, cond: net(x.detach())[:, 0],
     ):
         critic, at = StructuredCritic(p, F), torch.full((5,), t)
         assert critic.value(at, states()).shape == (5,)
@@ -205,7 +208,7 @@ def test_a_black_box_reward_does_not_stop_the_critics_own_fit():
     net = torch.nn.Linear(3, 1)
     p = problem(VPLinear(), BLACK_BOXES["elsewhere"])
     learned = replace(p, reference=lambda t, x, cond: p.reference(t, x, cond) + net(x))
-    critic = StructuredCritic(learned, lambda t, x, cond: net(x)[:, 0])
+    critic = StructuredCritic(learned, lambda t, x, x0hat, cond: net(x)[:, 0])
     critic.value(torch.zeros(5), states()).sum().backward()
     close(net.weight.grad, states().sum(0, keepdim=True))
     with torch.no_grad():
@@ -232,6 +235,130 @@ def test_float32_states(noising):
     critic, x, t = StructuredCritic(problem(noising), network), states(), torch.full((5,), 0.5)
     with_float32 = critic.value(t, x.float()), critic.grad(t, x.float())
     assert with_float32[1].dtype == torch.float32
-    assert StructuredCritic(problem(noising), lambda t, x, c: x.sum(1)).value(t, x.float()).dtype == torch.float32
+    plain = StructuredCritic(problem(noising), lambda t, x, x0hat, c: x.sum(1))
+    assert plain.value(t, x.float()).dtype == torch.float32
     close(with_float32[0].double(), critic.value(t, x), 1e-5, 1e-5)
     close(with_float32[1].double(), critic.grad(t, x), 1e-5, 1e-5)
+
+
+def looking_ahead(t, x, x0hat, cond):
+    """F = t |x0hat|²/2 + <H, x>, plus cond."""
+    return t * x0hat.square().sum(1) / 2 + x @ H.to(x) + (0 if cond is None else cond)
+
+
+@every
+def test_a_network_may_look_at_where_the_state_ends(noising):
+    """x0hat = m_0 + A (x - alpha M) as above, so grad F = t A x0hat + H: NetworkCritic is F, and in a structured
+    critic's gradient it has the weight c_out."""
+    p, x, t = problem(noising), states(), torch.tensor([0.01, 0.2, 0.5, 0.8, 0.93])
+    s, s0 = 0.95 - t, torch.tensor(0.01)
+    alpha, alpha0 = noising.alpha(s), noising.alpha(s0)
+    A = alpha / alpha0 * (alpha0**2 * C + noising.sigma(s0) ** 2) / (alpha**2 * C + noising.sigma(s) ** 2)
+    x0hat = alpha0 * M + A[:, None] * (x - alpha[:, None] * M)
+    plain, structured = NetworkCritic(p, looking_ahead), StructuredCritic(p, looking_ahead)
+    F, slope = t * x0hat.square().sum(1) / 2 + x @ H, (t * A)[:, None] * x0hat + H
+    close(plain.value(t, x), F, 1e-9, 1e-9)
+    close(plain.value(t, x, 0.3), F + 0.3, 1e-9, 1e-9)
+    close(plain.grad(t, x), slope, 1e-9, 1e-9)
+    u = math.pi / 2 * (1 - t / 0.94)
+    by_hand = u.cos()[:, None] * A[:, None] * (H - K * x0hat) + u.sin()[:, None] * slope
+    close(structured.grad(t, x), by_hand, 1e-9, 1e-9)
+    close(structured.grad(t, x, 0.3), by_hand, 1e-9, 1e-9)
+
+
+def test_where_nothing_ends_the_network_sees_the_state_twice():
+    """On a matrix problem x0hat = x."""
+    p, x, t = catalogue.get("lq-4d").problem, torch.ones(3, 4), torch.full((3,), 0.5)
+    assert torch.equal(NetworkCritic(p, lambda t, x, x0hat, c: (x * x0hat).sum(1)).value(t, x), torch.full((3,), 4.0))
+    assert torch.equal(StructuredCritic(p, lambda t, x, x0hat, c: 0 * t).grad(torch.full((3,), 2.0), x), p.h - x @ p.G)
+
+
+def test_network_critic_s_gradient_by_finite_differences():
+    """grad F of a network that looks at t, x and x0hat: central differences, error h²/6 max |d³F| + eps |F|/h."""
+    p, x, t = problem(VPLinear()), states(), torch.tensor([0.01, 0.2, 0.5, 0.8, 0.93])
+    critic, h = NetworkCritic(p, trained(p)), 1e-5
+    for j, e in enumerate(torch.eye(3)):
+        difference = (critic.value(t, x + h * e) - critic.value(t, x - h * e)) / (2 * h)
+        close(critic.grad(t, x)[:, j], difference, 1e-8, 1e-8)
+    assert float(critic.grad(t, x).abs().max()) > 0.01
+
+
+def trained(p):
+    """A network whose last layer is not zero."""
+    net = Value(p, hidden=8)
+    torch.nn.init.normal_(net.network.layers[-1].weight)
+    return net
+
+
+class StandIn(torch.nn.Module):
+    """<w, x> + b, plus cond."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, x, cond):
+        return self.layer(x)[:, 0] + (0 if cond is None else cond)
+
+
+@pytest.mark.parametrize("black_box", BLACK_BOXES.values(), ids=BLACK_BOXES.keys())
+def test_a_stand_in_gives_a_black_box_a_gradient(black_box):
+    """V(T, x) = stand-in(x), and grad V = c_skip A w + c_out grad F; without it the error names the remedy."""
+    p, x, t = problem(VPLinear(), black_box), states(), torch.tensor([0.0, 0.2, 0.5, 0.8, 0.94])
+    with pytest.raises(ValueError, match=r"stand-in, reward=module"):
+        StructuredCritic(p, network).grad(t, x)
+    stand_in = StandIn()
+    critic, T = StructuredCritic(p, network, reward=stand_in), torch.full((5,), p.horizon)
+    close(critic.value(T, x), stand_in(x, None), 1e-12, 1e-12)
+    close(critic.value(T, x, 0.3), stand_in(x, 0.3), 1e-12, 1e-12)
+    close(critic.grad(T, x), stand_in.layer.weight.detach().expand(5, 3), 1e-12, 1e-12)
+    smooth = StructuredCritic(replace(p, reward=stand_in), network)
+    close(critic.grad(t, x), smooth.grad(t, x), 1e-12, 1e-12)
+    close(critic.value(t, x), smooth.value(t, x), 1e-12, 1e-12)
+
+
+def test_a_stand_in_is_trained_where_it_stands_in():
+    """dV/db = c_skip(u) at time to go u, dF counts the rest; no gradient stays behind from asking grad V."""
+    p, stand_in, net = problem(VPLinear(), BLACK_BOXES["elsewhere"]), StandIn(), trained(problem(VPLinear()))
+    critic, x, t = StructuredCritic(p, net, reward=stand_in), states(), torch.full((5,), 0.4)
+    critic.grad(t, x)
+    assert all(w.grad is None for w in critic.parameters())
+    critic.value(t, x).sum().backward()
+    u = math.pi / 2 * (1 - t / p.horizon)
+    close(stand_in.layer.bias.grad, u.cos().sum()[None], 1e-12, 1e-12)
+    close(net.network.layers[-1].bias.grad, u.sin().sum()[None], 1e-12, 1e-12)
+
+
+def test_what_a_critic_trains():
+    """Its network and its stand-in: not the problem's reward, which is what it is to learn, even if that is a
+    module."""
+    p = replace(problem(VPLinear()), reward=StandIn())
+    net, stand_in = trained(p), StandIn()
+
+    def parameters(critic):
+        return {id(w) for w in critic.parameters()}
+
+    of_net, of_stand_in = ({id(w) for w in module.parameters()} for module in (net, stand_in))
+    assert parameters(NetworkCritic(p, net)) == of_net
+    assert parameters(StructuredCritic(p, net)) == of_net
+    assert parameters(StructuredCritic(p, net, reward=stand_in)) == of_net | of_stand_in
+    x, T = states(), torch.full((5,), p.horizon)
+    close(StructuredCritic(p, net).value(T, x), p.reward(x, None), 1e-12, 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["network", "structured", "stand-in"])
+def test_state_dict_round_trip(kind):
+    """A critic saved and loaded into a fresh one has the same values and gradients."""
+    p, x, t = problem(VPLinear()), states(), torch.full((5,), 0.4)
+
+    def make():
+        net = trained(p)
+        if kind == "network":
+            return NetworkCritic(p, net)
+        return StructuredCritic(p, net, reward=StandIn() if kind == "stand-in" else None)
+
+    first, second = make(), make()
+    assert not torch.equal(first.value(t, x), second.value(t, x))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.value(t, x), second.value(t, x))
+    assert torch.equal(first.grad(t, x), second.grad(t, x))

@@ -187,6 +187,19 @@ def mixture_32d() -> Entry:
     return _mixture("mixture-32d", MixtureDiffusion(VPLinear(0.1, 12.0), data, reward, beta=0.5, start=_prior(d)))
 
 
+def random_mixture(seed: int, d: int = 2) -> Entry:
+    """Not in the catalogue: a mixture and a quadratic reward drawn at random, to tune on."""
+    g = torch.Generator().manual_seed(seed)
+    K = int(torch.randint(2, 5, (), generator=g))
+    roots = 0.2 * torch.randn(K, d, d, generator=g, dtype=torch.float64)
+    w = 0.1 + torch.rand(K, generator=g, dtype=torch.float64)
+    mu = 1.2 * torch.randn(K, d, generator=g, dtype=torch.float64)
+    data = Mixture(w / w.sum(), mu, roots @ roots.mT + 0.04 * _eye(d))
+    reward = QuadraticReward(0.5 * _eye(d), torch.randn(d, generator=g, dtype=torch.float64))
+    diffusion = MixtureDiffusion(VPLinear(0.1, 12.0), data, reward, beta=0.5, start=_prior(d))
+    return _mixture(f"random-mixture-{seed}", diffusion)
+
+
 _ENTRIES: dict[str, Callable[[], Entry]] = {
     "lq-1d": lq_1d,
     "lq-4d": lq_4d,

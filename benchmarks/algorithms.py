@@ -1,0 +1,308 @@
+"""How far from the exact optimum does each algorithm end, and what does it cost to get there?
+
+Every algorithm learns every problem at several numbers of steps N, with several seeds, at its own settings (`METHODS`,
+one set for all N and all problems). What is measured is the policy against the exact optimum on a fine grid with the
+same noise for all (`toy.scoreboard.score`), whatever grid it was trained on:
+
+    regret          (J* - J)/(J* - J_ref), mean over seeds, with the standard error of that mean; best and worst seed
+    to_10pct, to_5pct   trajectories until the regret is first below 10 % and 5 %, median over seeds
+    control_error   KL(P || P*) in nats
+    seconds         CPU seconds of learning; seconds_to_10pct until the regret is below 10 %
+
+Runs go in parallel, one process each, and each leaves a file in OUT/algorithms.runs, so that an interrupted run goes on
+where it stopped. `--tune` instead searches learning rates on mixtures drawn at random, which are not in the catalogue,
+with the same budget for every method. `--algorithm module:Class` puts an algorithm of yours beside them.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import mean, median, stdev
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+
+from benchmarks.report import Options, Row, table, write
+from ctrl import EulerMaruyama, Multistep2, StructuredCritic, grids
+from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, Algorithm, PathConsistency, PolicyIteration, PPOPenalty
+from ctrl.fit import Run, Settings, fit
+from toy import catalogue
+from toy.catalogue import Entry
+from toy.networks import Policy, Value
+from toy.scoreboard import reference_regret, score
+
+NAME = "algorithms"
+TRAJECTORIES = 10_240
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm with its settings: the same for every problem and every N."""
+
+    algorithm: Callable[[], Algorithm]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_DDPO = {"jitter": 0.0, "lr": 3e-3}
+METHODS: dict[str, Method] = {
+    "actor-critic": Method(ActorCritic),
+    "path-consistency": Method(PathConsistency),
+    "policy-iteration": Method(PolicyIteration),
+    "ppo": Method(PPOPenalty),
+    "adjoint-matching": Method(AdjointMatching),
+    "ddpo-euler": Method(DDPO, {**_DDPO, "solver": EulerMaruyama(), "grid": grids.uniform}),
+    "ddpo-2m": Method(DDPO, {**_DDPO, "solver": Multistep2()}),
+    "ddpo-euler-public": Method(
+        lambda: DDPO(chain_kl=True), {**_DDPO, "solver": EulerMaruyama(left_noise=True), "grid": grids.uniform}
+    ),
+}
+MAIN = ("actor-critic", "path-consistency", "ddpo-euler", "ddpo-2m")
+
+
+@dataclass(frozen=True)
+class AlgorithmOptions(Options):
+    """What this benchmark can be asked for."""
+
+    problem: tuple[str, ...] = ("gaussian-1d", "mixture-1d", "mixture-2d")
+    """Names from the catalogue."""
+    method: tuple[str, ...] = MAIN
+    """Names from METHODS."""
+    steps: tuple[int, ...] = (20,)
+    """Numbers of steps N to train at."""
+    seeds: int = 5
+    """Runs of each, with seeds 0, 1, ..."""
+    trajectories: int = TRAJECTORIES
+    """Training trajectories a run."""
+    algorithm: str | None = None
+    """module:Class of an algorithm of yours, made without arguments and run at the default settings."""
+    full: bool = False
+    """Every learnable problem, every method, N = 10, 20, 50, 100."""
+    tune: bool = False
+    """Search learning rates on random mixtures instead."""
+    jobs: int = os.cpu_count() or 1
+    """Processes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run."""
+
+    problem: str
+    method: str
+    steps: int
+    seed: int
+    trajectories: int = TRAJECTORIES
+    lr: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its file's name."""
+        return "_".join(str(v).replace(":", ".") for v in asdict(self).values() if v is not None)
+
+
+def entry_of(name: str) -> Entry:
+    """A catalogue problem, or random-SEED, a random mixture."""
+    if name.startswith("random-"):
+        return catalogue.random_mixture(int(name.removeprefix("random-")))
+    return catalogue.get(name)
+
+
+def method_of(name: str) -> Method:
+    """A method by name, or module:Class."""
+    if ":" not in name:
+        return METHODS[name]
+    module, _, attribute = name.partition(":")
+    return Method(getattr(importlib.import_module(module), attribute))
+
+
+def run(job: Job) -> Row:
+    """Train, score on the way, and say how it went."""
+    torch.set_num_threads(1)
+    torch.manual_seed(job.seed)
+    entry, method = entry_of(job.problem), method_of(job.method)
+    settings = Settings(steps=job.steps, seed=job.seed, progress=False, **method.settings)
+    settings = replace(settings, epochs=max(job.trajectories // settings.samples, 1))
+    if job.lr is not None:
+        settings = replace(settings, lr=job.lr, critic_lr=job.lr)
+    problem = entry.problem
+    policy, critic = Policy(problem), StructuredCritic(problem, Value(problem))
+    scale = reference_regret(entry, 512, 60)
+    curve: list[tuple[int, float, float]] = []
+    spent, began = 0.0, time.process_time()
+
+    def watch(run: Run, metrics: dict[str, Any]) -> None:
+        nonlocal spent, began
+        spent += time.process_time() - began
+        n = metrics["trajectories"]
+        if n <= 2048 or metrics["epoch"] % 4 == 0:
+            curve.append((n, float(score(entry, run.policy, samples=512, steps=60).regret.mean) / scale, spent))
+        began = time.process_time()
+
+    try:
+        result = fit(problem, policy, method.algorithm(), critic=critic, settings=settings, callbacks=[watch])
+    except ValueError as failure:
+        return {**asdict(job), "failed": str(failure)}
+    final = score(entry, policy, critic if "critic_loss" in result.history[-1] else None, samples=4096, steps=100)
+    gradient = final.critic_gradient_error
+    last = result.history[-1]
+    return {
+        **asdict(job),
+        "failed": None,
+        "regret": float(final.relative_regret.mean),
+        "regret_stderr": float(final.relative_regret.stderr),
+        "control_error": float(final.control_error.mean),
+        "path_kl": float(final.path_kl.mean),
+        "reward": float(final.reward.mean),
+        "critic_gradient_error": None if gradient is None else float(gradient.mean),
+        "to_10pct": first_below(curve, 0.10, 0),
+        "to_5pct": first_below(curve, 0.05, 0),
+        "seconds_to_10pct": first_below(curve, 0.10, 2),
+        "network_calls": last["network_calls"],
+        "reward_calls": last["reward_calls"],
+        "seconds": spent,
+        "curve": json.dumps([[n, round(r, 5)] for n, r, _ in curve]),
+    }
+
+
+def first_below(curve: list[tuple[int, float, float]], level: float, column: int) -> float | None:
+    """The trajectories (column 0) or seconds (column 2) at the first look with a regret below the level."""
+    return next((point[column] for point in curve if point[1] < level), None)
+
+
+def jobs_of(options: AlgorithmOptions) -> list[Job]:
+    """All runs that were asked for."""
+    problems, methods, steps = options.problem, options.method, options.steps
+    if options.full:
+        problems, methods, steps = LEARNABLE, tuple(METHODS), (10, 20, 50, 100)
+    if options.algorithm:
+        methods = (*methods, options.algorithm)
+    seeds, trajectories = options.seeds, options.trajectories
+    if options.quick:
+        problems, methods, seeds, trajectories = ("gaussian-1d", "mixture-2d"), ("actor-critic", "ddpo-euler"), 1, 1280
+    return [
+        Job(problem, method, n, options.seed + seed, trajectories)
+        for problem in problems for method in methods for n in steps for seed in range(seeds)
+    ]  # fmt: skip
+
+
+LEARNABLE = tuple(name for name in catalogue.NAMES if not name.startswith("lq") and name != "mixture-2d-conditional")
+
+
+def carry_out(jobs: list[Job], store: Path, workers: int) -> list[Row]:
+    """Every job, from its file where it was done before."""
+    store.mkdir(parents=True, exist_ok=True)
+    files = {job: store / f"{job.key}.json" for job in jobs}
+    missing = [job for job, file in files.items() if not file.exists()]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(run, job): job for job in missing}
+        for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
+            file = files[futures[future]]
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(future.result()))
+            os.replace(part, file)
+    return [json.loads(file.read_text()) for file in files.values()]
+
+
+def summarise(runs: Iterable[Row]) -> list[Row]:
+    """One row a problem, method and N."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for r in runs:
+        groups.setdefault(tuple(r[k] for k in ("problem", "method", "steps", "lr")), []).append(r)
+    rows = []
+    for (problem, method, steps, lr), group in groups.items():
+        done = [r for r in group if r["failed"] is None]
+        row: Row = {"problem": problem, "algorithm": method, "steps": steps, "seeds": len(group), "lr": lr,
+                    "diverged": len(group) - len(done), "trajectories": group[0]["trajectories"]}  # fmt: skip
+        regrets = [_number(r["regret"]) for r in done] or [math.inf]
+        row |= {"regret": mean(regrets) if done else None,
+                "regret_se": stdev(regrets) / len(regrets) ** 0.5 if len(regrets) > 1 else None,
+                "regret_worst": max(regrets) if done else None}  # fmt: skip
+        for name in ("to_10pct", "to_5pct", "seconds_to_10pct"):  # a seed that never gets there counts as late
+            values = [math.inf if r[name] is None else _number(r[name]) for r in done] or [math.inf]
+            row[name] = None if math.isinf(median(values)) else median(values)
+        for name in ("path_kl", "control_error", "critic_gradient_error", "network_calls", "reward_calls", "seconds"):
+            values = [_number(r[name]) for r in done if r[name] is not None]
+            row[name] = mean(values) if values else None
+        rows.append(row)
+    return rows
+
+
+def _number(value: Any) -> float:
+    return float(value)
+
+
+def tune(options: AlgorithmOptions) -> list[Row]:
+    """Learning rates on random mixtures, the same search for every method: mean regret over problems and seeds."""
+    rates = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+    jobs = [
+        Job(f"random-{k}", method, n, k, options.trajectories, lr)
+        for method in options.method for lr in rates for n in options.steps for k in range(options.seeds)
+    ]  # fmt: skip
+    runs = carry_out(jobs, options.out / f"{NAME}.runs", options.jobs)
+    return summarise([{**r, "problem": "random mixtures"} for r in runs])
+
+
+def draw(rows: list[Row], runs: list[Row]) -> Figure:
+    """Regret against trajectories, a panel a problem and N, a line a method: median over seeds, band min to max."""
+    panels = sorted({(str(r["problem"]), int(str(r["steps"]))) for r in rows})
+    figure = Figure(figsize=(3.2 * min(len(panels), 4), 2.8 * -(-len(panels) // 4)), layout="constrained")
+    axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).flatten()
+    colours = dict(zip([*METHODS, "other"], PALETTE, strict=False))
+    for ax, (problem, steps) in zip(axes, panels, strict=False):
+        for method in dict.fromkeys(str(r["algorithm"]) for r in rows):
+            curves = [
+                json.loads(str(r["curve"])) for r in runs
+                if (r["problem"], r["method"], r["steps"]) == (problem, method, steps) and r["failed"] is None
+            ]  # fmt: skip
+            if curves:
+                n = [point[0] for point in curves[0]]
+                values = [[curve[i][1] for curve in curves] for i in range(len(n))]
+                colour = colours.get(method, colours["other"])
+                ax.plot(n, [median(v) for v in values], color=colour, label=method, linewidth=1.3)
+                ax.fill_between(n, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+        ax.axhline(0.1, color="0.7", linewidth=0.8)
+        ax.set(xscale="log", yscale="log", title=f"{problem}, N = {steps}", xlabel="trajectories", ylabel="regret")
+        ax.grid(alpha=0.3)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000", "#999999")
+COLUMNS = ["problem", "algorithm", "steps", "seeds", "regret", "regret_se", "regret_worst", "to_10pct", "to_5pct",
+           "seconds_to_10pct", "path_kl", "control_error", "critic_gradient_error", "seconds"]  # fmt: skip
+
+
+def main(options: AlgorithmOptions) -> None:
+    """Train, score, print, write."""
+    began = time.perf_counter()
+    if options.tune:
+        rows = sorted(tune(options), key=lambda r: (str(r["algorithm"]), str(r["steps"]), str(r["lr"])))
+        print(table(rows, ["algorithm", "steps", "lr", "seeds", "regret", "regret_se", "regret_worst", "diverged"]))
+        print(f"-> {write(f'{NAME}_tuning', options, rows, began)}")
+        return
+    runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs)
+    rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(str(r["steps"])), r["regret"] or math.inf))
+    print(table(rows, COLUMNS))
+    path = write(NAME, options, rows, began)
+    draw(rows, runs).savefig(path.with_suffix(".png"), dpi=150)
+    print(f"-> {path}, {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(AlgorithmOptions, description=__doc__))

@@ -1,0 +1,35 @@
+"""Algorithms, one short file each. All are handed the same run (`ctrl.fit`) and learn from what it collected.
+
+actor_critic       the default: replay, corrected critic targets, regression on the greedy action
+ppo                a trust region in nats of path KL, by a penalty or pointwise
+q_learning         V and q = gamma log pi together, from sampled actions
+policy_iteration   evaluate and improve, each to its end
+path_consistency   squared residuals of whole trajectories, replayed; reward values alone
+adjoint_matching   regression on the action that is greedy for an adjoint; no critic
+kl_budget          beta adapted to a path KL in nats, around any of these
+ddpo               the discrete-time baseline
+"""
+
+from ctrl.algorithms.actor_critic import ActorCritic
+from ctrl.algorithms.adjoint_matching import AdjointMatching
+from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.ddpo import DDPO
+from ctrl.algorithms.kl_budget import KLBudget
+from ctrl.algorithms.path_consistency import PathConsistency
+from ctrl.algorithms.policy_iteration import PolicyIteration
+from ctrl.algorithms.ppo import PPOClip, PPOPenalty
+from ctrl.algorithms.q_learning import GaussianNetwork, QLearning
+
+__all__ = [
+    "DDPO",
+    "ActorCritic",
+    "AdjointMatching",
+    "Algorithm",
+    "GaussianNetwork",
+    "KLBudget",
+    "PPOClip",
+    "PPOPenalty",
+    "PathConsistency",
+    "PolicyIteration",
+    "QLearning",
+]

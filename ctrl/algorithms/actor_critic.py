@@ -1,0 +1,92 @@
+"""Actor-critic in continuous time, on and off policy: the default.
+
+Critic: regression on the targets of `ctrl.evaluation`, for every trajectory still in store, whoever made it.
+Actor: with the critic's grad V, the advantage rate is a concave quadratic in the action,
+
+    q(t, x, a) = const - ½ |a - a*(t, x)|²_R,   a* = a_ref + R^-1 B' grad V,
+
+so the actor regresses on the greedy action a* in the norm that q itself sets: one gradient step from on-policy states
+is the policy gradient (arXiv 2502.01819), many are a step of policy iteration.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ctrl.algorithms.base import Algorithm
+from ctrl.evaluation import increments, policy_slope, targets
+from ctrl.gaussian import Mean
+from ctrl.linop import dot
+from ctrl.problem import Problem
+from ctrl.qvalue import greedy
+from ctrl.replay import Batch, Nodes
+from ctrl.solvers import Solver
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class ActorCritic(Algorithm):
+    """
+    Attributes:
+        critic_updates, actor_updates: optimiser steps an epoch.
+        nodes: how many nodes each step sees, over all processes.
+        keep: epochs of trajectories kept.
+        trace: decay of the critic's own values in its targets, in units of 1/T (`ctrl.evaluation.targets`).
+        critic_control: take the critic's gradient for the control variate and the off-policy correction, one more
+            critic gradient a node, instead of the policy's own slope.
+    """
+
+    critic_updates: int = 40
+    actor_updates: int = 40
+    nodes: int = 1024
+    keep: int = 8
+    trace: float = 3.0
+    critic_control: bool = False
+
+    def learn(self, run: Run) -> None:
+        run.lay_actions()
+        for batch in run.replay.batches:
+            batch.lay("target", self.targets(run, batch))
+        for nodes in run.deal(self.critic_updates, self.nodes):
+            run.update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
+        for nodes in run.deal(self.actor_updates, self.nodes):
+            run.update("policy", lambda n: actor_loss(run.problem, run.policy, run.critic, n), nodes, self.nodes)
+
+    def targets(self, run: Run, batch: Batch) -> Tensor:
+        """What the critic is to be at each node, (N+1, B)."""
+        a, a_ref = run.at_nodes(run.policy, batch), batch.fields["a_ref"]
+        if self.critic_control:
+            p = run.at_nodes(run.critic.grad, batch)
+        else:
+            t, _, _ = batch.trajectory.flat()
+            p = policy_slope(run.problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(batch.trajectory.x.shape)
+        value = run.at_nodes(run.critic.value, batch) if self.trace else None
+        _, _, ids = batch.trajectory.flat()
+        cond = run.conditions(ids)
+        steps = increments(run.problem, batch.trajectory, a, a_ref, batch.fields["a_old"], p, cond)
+        return targets(run.problem, batch.trajectory, value, steps, self.trace)
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        if critic is None:
+            raise ValueError("critic must be given: ActorCritic learns V (see ctrl.StructuredCritic)")
+
+
+def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:
+    """|target - V|², (n,)."""
+    return (nodes["target"] - critic.value(nodes.t, nodes.x, nodes.cond)).square()
+
+
+def actor_loss(problem: Problem, policy: Mean, critic: Critic, nodes: Nodes) -> Tensor:
+    """w ½ e^{-rho t} |a - a*|²_R, (n,)."""
+    a_ref = nodes["a_ref"]
+    best = greedy(problem, nodes.t, a_ref, critic.grad(nodes.t, nodes.x, nodes.cond)).detach()
+    miss = policy(nodes.t, nodes.x, nodes.cond) - best
+    decay = torch.exp(-problem.discount * nodes.t)
+    return nodes.w * decay * dot(miss, problem.penalty(nodes.t).apply(miss)) / 2

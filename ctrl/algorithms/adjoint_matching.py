@@ -1,0 +1,77 @@
+"""Adjoint Matching (Domingo-Enrich et al. 2025, arXiv 2409.08861): regress on the action that is greedy for an adjoint.
+
+    loss = E of the integral of ½ e^{-rho t} |a_theta - a_ref - R^-1 B' p|²_R dt,   along paths of a_theta itself,
+
+where -dp/dt = (grad_x [b0 + B a_ref])' p - grad_x l - rho p, p(T) = grad r, is the lean adjoint: it follows the
+reference, so no network but the reference's is differentiated. At the optimum E[p_t | X_t] = grad V*, so the loss is
+stationary there; elsewhere p is the gradient of no value, and the step no policy gradient. With `lean` = False p is the
+full adjoint, whose mean given X_t is grad V of a_theta: then it is one, and the regression is policy iteration without
+a critic.
+
+The paper's memoryless noise is eta = 1 on a noising whose alpha(s_max) vanishes: then Y_0 and Y_T are independent under
+the reference, and the optimum samples e^{r/beta} times the data. Otherwise the optimum itself is biased by the initial
+law (its value function differs from one start to another), which no algorithm removes: it belongs to the problem.
+
+Needs a reward and a reference that are differentiable in x; no critic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ctrl.algorithms.base import Algorithm
+from ctrl.gaussian import Mean
+from ctrl.gradient import adjoint, lean_adjoint
+from ctrl.linop import dot
+from ctrl.problem import Problem
+from ctrl.qvalue import greedy
+from ctrl.replay import Batch, Nodes
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class AdjointMatching(Algorithm):
+    """
+    Attributes:
+        updates, nodes: optimiser steps an epoch, and how many nodes each sees, over all processes.
+        lean: follow the reference; or else the policy.
+    """
+
+    updates: int = 20
+    nodes: int = 1024
+    lean: bool = True
+
+    def learn(self, run: Run) -> None:
+        run.lay_actions()
+        (batch,) = run.replay.batches
+        batch.lay("p", self.adjoints(run, batch))
+        for nodes in run.deal(self.updates, self.nodes):
+            run.update("policy", lambda n: matching_loss(run.problem, run.policy, n), nodes, self.nodes)
+
+    def adjoints(self, run: Run, batch: Batch) -> Tensor:
+        """p at every node, (N+1, B, *D), `settings.batch` paths at a time."""
+        parts = []
+        for b in torch.arange(batch.samples).split(run.settings.batch):
+            path = batch.take(b).trajectory
+            path = replace(path, cond=run.conditions(path.ids))
+            with run.accelerator.autocast():
+                p = lean_adjoint(run.problem, path) if self.lean else adjoint(run.problem, path, run.policy)
+            parts.append(p.to(path.x.dtype))
+        samples = run.settings.samples
+        run.counts["network_calls"] += samples * (batch.steps + 1)
+        run.counts["reward_gradients"] = run.counts.get("reward_gradients", 0) + samples
+        return torch.cat(parts, 1)
+
+
+def matching_loss(problem: Problem, policy: Mean, nodes: Nodes) -> Tensor:
+    """w ½ e^{-rho t} |a - a_ref - R^-1 B' p|²_R, (n,)."""
+    best = greedy(problem, nodes.t, nodes["a_ref"], nodes["p"])
+    miss = policy(nodes.t, nodes.x, nodes.cond) - best
+    decay = torch.exp(-problem.discount * nodes.t)
+    return nodes.w * decay * dot(miss, problem.penalty(nodes.t).apply(miss)) / 2

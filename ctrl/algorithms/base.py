@@ -1,0 +1,45 @@
+"""What an algorithm is: it learns from a run, and can be checked at fixed parameters."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ctrl.gaussian import GaussianPolicy, Mean
+from ctrl.problem import Problem
+from ctrl.regularize import path_kl
+from ctrl.rollout import Trajectory
+from ctrl.solvers import Solver
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+class Algorithm(ABC):
+    """One epoch of learning.
+
+    `learn` calls `run.update("policy", loss, nodes, size)`, whose loss has -J's gradient: the first such call of an
+    epoch, before anything has moved, is the algorithm's estimate of -grad J, and `kl` is what it believes KL to be.
+    Both can be held against the exact ones.
+    """
+
+    keep: int = 1
+    """Epochs of trajectories that stay in store."""
+
+    @abstractmethod
+    def learn(self, run: Run) -> None:
+        """Update policy (and critic) from `run.replay`, newest batch last."""
+
+    def kl(self, problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
+        """(B,): each trajectory's KL to the reference in nats, as the algorithm counts it."""
+        return path_kl(problem, trajectory, policy)
+
+    def behaviour(self, policy: Mean) -> Mean | GaussianPolicy:
+        """What acts in rollouts."""
+        return policy
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:  # noqa: B027
+        """Raise, before anything expensive, if this cannot learn from that."""

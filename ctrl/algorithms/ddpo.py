@@ -1,0 +1,128 @@
+"""DDPO, the discrete-time baseline (Black et al. 2023, arXiv 2305.13301): PPO on the chain's own likelihood ratios.
+
+The chain is the solver's, x_{k+1} ~ N(m_theta(x_k), S_k), and an epoch's transitions are visited in shuffled order:
+
+    loss = cost - min(rho A, clip(rho, 1 - clip, 1 + clip) A),   rho = p_theta(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
+
+The cost of a step is the left sum of c, for score as action beta times Girsanov's KL with the exact integral of g²; or
+beta times the KL of the chain's own transitions. A is the return to go less its mean over the samples at this step.
+Only baselines are subtracted: dividing A by its standard deviation, as the public codes do, multiplies beta by it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ctrl.algorithms.base import Algorithm
+from ctrl.gaussian import Gaussian, Mean
+from ctrl.problem import Problem, ScoreAsAction
+from ctrl.replay import Nodes
+from ctrl.solvers import GaussianStep, Solver, at_steps
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class DDPO(Algorithm):
+    """
+    Attributes:
+        passes: how often an epoch's transitions are visited.
+        nodes: transitions an optimiser step sees, over all processes.
+        clip: half-width of the ratio's interval. The ratio is per step, so its meaning changes with N.
+        mean_over_dimensions: the public codes' option: the mean of the log-density over dimensions in place of the
+            sum, which turns the ratio into its D-th root.
+        chain_kl: the KL of the chain's own transitions in place of Girsanov's.
+    """
+
+    passes: int = 2
+    nodes: int = 1024
+    clip: float = 0.2
+    mean_over_dimensions: bool = False
+    chain_kl: bool = False
+
+    def learn(self, run: Run) -> None:
+        run.lay_actions()
+        (batch,) = run.replay.batches
+        path, steps = batch.trajectory, batch.steps
+        chain = Chain(run.problem, _gaussian(run.settings.solver), path.t)
+        batch.lay("x_next", path.x[1:])
+        batch.lay("x_before", path.x.roll(1, 0))
+        for name in ("a_old", "a_ref"):
+            batch.lay(f"{name}_before", batch.fields[name].roll(1, 0))
+        with torch.no_grad():
+            left = run.nodes(batch, range(steps))
+            cost = self.cost(chain, left, left["a_old"], chain.law(left, left["a_old"], left["a_old_before"]))
+        assert path.reward is not None
+        decay = torch.exp(-run.problem.discount * path.t[-1]).to(path.x)
+        gain = decay * path.reward - cost.view(steps, -1).flip(0).cumsum(0).flip(0)
+        batch.lay("advantage", gain - run.mean_over_samples(gain)[:, None])
+        for nodes in run.deal(self.passes * -(-steps * run.replay.samples // self.nodes), self.nodes, last=steps - 1):
+            run.update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes)
+
+    def loss(self, chain: Chain, policy: Mean, nodes: Nodes) -> Tensor:
+        """(n,), N times each transition's loss: the mean over nodes estimates the sum over steps."""
+        a = policy(nodes.t, nodes.x, nodes.cond)
+        law = chain.law(nodes, a, chain.act_before(policy, nodes))
+        old = chain.law(nodes, nodes["a_old"], nodes["a_old_before"])
+        log_ratio = law.log_prob(nodes["x_next"]) - old.log_prob(nodes["x_next"])
+        if self.mean_over_dimensions:
+            log_ratio = log_ratio / law.dim
+        ratio, A = log_ratio.exp(), nodes["advantage"]
+        gain = torch.minimum(ratio * A, ratio.clamp(1 - self.clip, 1 + self.clip) * A)
+        return len(chain.plan) * (self.cost(chain, nodes, a, law) - gain)
+
+    def cost(self, chain: Chain, nodes: Nodes, a: Tensor, law: Gaussian) -> Tensor:
+        """Discounted cost of each step at the actions a, (n,); law is that of x_{k+1} under them."""
+        problem, a_ref = chain.problem, nodes["a_ref"]
+        if self.chain_kl:
+            assert isinstance(problem, ScoreAsAction)
+            return problem.beta * law.kl(chain.law(nodes, a_ref, nodes["a_ref_before"]))
+        decay = torch.exp(-problem.discount * nodes.t)
+        return decay * chain.span(nodes) * problem.running_cost(nodes.t, nodes.x, a, a_ref, nodes.cond)
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        _gaussian(solver)
+        if self.chain_kl and not isinstance(problem, ScoreAsAction):
+            raise ValueError("chain_kl needs a ScoreAsAction problem: elsewhere the running cost is not a KL")
+
+
+class Chain:
+    """A solver's transitions at nodes in any order."""
+
+    def __init__(self, problem: Problem, solver: GaussianStep, times: Tensor) -> None:
+        self.problem, self.solver, self.times = problem, solver, times
+        self.plan: list[Any] = solver.plan(problem, times)
+
+    def law(self, nodes: Nodes, a: Tensor, a_before: Tensor) -> Gaussian:
+        """Of x_{k+1}, given x_k and what the step before carried along."""
+        before = at_steps(self.plan, (nodes.k - 1).clamp(min=0))
+        memory = self.solver.carry(before, nodes["x_before"], a_before)
+        return self.solver.transition(self.problem, at_steps(self.plan, nodes.k), nodes.x, a, memory)
+
+    def act_before(self, policy: Mean, nodes: Nodes) -> Tensor:
+        """The policy at step k - 1, where a multistep method needs it; at k = 0 there is none, and it has no weight."""
+        if not self.solver.multistep:
+            return nodes["a_old_before"]
+        t = self.times[(nodes.k - 1).clamp(min=0)].to(nodes.t)
+        return policy(t, nodes["x_before"], nodes.cond)
+
+    def span(self, nodes: Nodes) -> Tensor:
+        """Each step's length in the noise's clock over the rate at its left node: exact for h proportional to the
+        rate."""
+        span = self.problem.clock(self.times).diff() / self.problem.rate(self.times[:-1])
+        return span[nodes.k].to(nodes.t)
+
+
+def _gaussian(solver: Solver) -> GaussianStep:
+    if not isinstance(solver, GaussianStep):
+        raise ValueError(
+            f"solver {type(solver).__name__} has no transition density, which DDPO needs: take EulerMaruyama, DDIM, "
+            f"Exponential or Multistep2"
+        )
+    return solver

@@ -1,0 +1,49 @@
+"""Policy iteration (PI-FT; Han, Razaviyayn & Xu 2025, arXiv 2412.18164): evaluate, then improve, each to its end.
+
+    V_n the value of a_n,   a_{n+1} = a_ref + R^-1 B' grad V_n,
+
+which converges at a linear rate if actions are dear enough, and quadratically on linear-quadratic problems, where it is
+the Newton-Kleinman iteration. It is actor-critic whose critic is fitted to trajectories of the newest policy alone,
+without its own values in the targets, and whose two halves take many steps. With the critic's own gradient as their
+control variate the targets lose their noise as the fit gets better; `rounds` of targets and fit make use of that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ctrl.algorithms.actor_critic import ActorCritic, actor_loss
+from ctrl.algorithms.base import Algorithm
+from ctrl.problem import Problem
+from ctrl.solvers import Solver
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class PolicyIteration(Algorithm):
+    """
+    Attributes:
+        rounds: how often the critic's targets are made anew in an iteration.
+        critic_updates, actor_updates: optimiser steps a round and an iteration.
+        nodes: how many nodes each step sees, over all processes.
+    """
+
+    rounds: int = 2
+    critic_updates: int = 100
+    actor_updates: int = 200
+    nodes: int = 1024
+
+    def learn(self, run: Run) -> None:
+        evaluation = ActorCritic(self.critic_updates, 0, self.nodes, keep=1, trace=0.0, critic_control=True)
+        for _ in range(self.rounds):
+            evaluation.learn(run)
+        for nodes in run.deal(self.actor_updates, self.nodes):
+            run.update("policy", lambda n: actor_loss(run.problem, run.policy, run.critic, n), nodes, self.nodes)
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        if critic is None:
+            raise ValueError("critic must be given: PolicyIteration learns V (see ctrl.StructuredCritic)")

@@ -1,0 +1,119 @@
+"""PPO in continuous time: the trust region is a path KL in nats (Schulman et al. 2017, arXiv 1707.06347; in continuous
+time Zhao, Tang & Yao 2023, arXiv 2305.18901).
+
+The difference J(theta) - J(old) is E_theta of the integral of e^{-rho t} q_old(t, X, a_theta) dt; with the old policy's
+own states it is the surrogate
+
+    E_old of the integral of e^{-rho t} q_old(t, X, a_theta) dt,
+
+a concave quadratic in the action, with the slope of J at theta = old. It can be trusted as far as
+
+    KL(P_old || P_theta) = E_old of the integral of ½ |S^-1 B (a_theta - a_old)|² dt
+
+is small, whatever the number of steps. `PPOPenalty` takes lambda times this KL off, and adapts lambda until an epoch
+moves the policy by `nats`. `PPOClip` is pointwise, like the clipped ratio: with a^ the action drawn back to where the
+KL rate is nats/T,
+
+    min(q_old(t, X, a_theta), q_old(t, X, a^)),   a^ = a_old + (a_theta - a_old) min(1, sqrt((nats/T) / rate)),
+
+so that nothing is to be gained by going further, at any time.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ctrl.algorithms.actor_critic import ActorCritic
+from ctrl.algorithms.base import Algorithm
+from ctrl.gaussian import Mean
+from ctrl.linop import broadcast
+from ctrl.problem import Problem
+from ctrl.qvalue import advantage_rate
+from ctrl.regularize import adapted, kl_rate
+from ctrl.replay import Nodes
+from ctrl.solvers import Solver
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class PPO(Algorithm, ABC):
+    """
+    Attributes:
+        nats: how far an epoch may move the policy, in path KL.
+        updates, nodes: optimiser steps of the policy an epoch, and how many nodes each sees, over all processes.
+        evaluation: how the critic is fitted: by an actor-critic whose actor stays put.
+    """
+
+    nats: float = 0.5
+    updates: int = 40
+    nodes: int = 1024
+    evaluation: ActorCritic = field(default_factory=lambda: ActorCritic(actor_updates=0, keep=1))
+
+    @abstractmethod
+    def loss(self, run: Run, nodes: Nodes) -> Tensor:
+        """(n,), minus the surrogate within its trust region."""
+
+    def learn(self, run: Run) -> None:
+        self.evaluation.learn(run)
+        (batch,) = run.replay.batches
+        batch.lay("grad_v", run.at_nodes(run.critic.grad, batch))
+        for nodes in run.deal(self.updates, self.nodes):
+            run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
+        (t, _, _), a_old = batch.trajectory.flat(), batch.fields["a_old"]
+        moved = kl_rate(run.problem, t, run.at_nodes(run.policy, batch).flatten(0, 1), a_old.flatten(0, 1))
+        run.log("step_kl", batch.integrate(moved.view(a_old.shape[:2])))
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        if not self.nats > 0:
+            raise ValueError(f"nats must be > 0, got {self.nats}")
+        self.evaluation.check(problem, solver, critic)
+
+
+@dataclass(frozen=True)
+class PPOPenalty(PPO):
+    """
+    Attributes:
+        penalty: lambda in the first epoch, in units of reward per nat.
+    """
+
+    penalty: float = 1.0
+
+    def loss(self, run: Run, nodes: Nodes) -> Tensor:
+        weight = adapted(self.penalty, [epoch["step_kl"] for epoch in run.history], self.nats)
+        return penalised_loss(run.problem, run.policy, weight, nodes)
+
+
+@dataclass(frozen=True)
+class PPOClip(PPO):
+    """The pointwise trust region."""
+
+    def loss(self, run: Run, nodes: Nodes) -> Tensor:
+        return clipped_loss(run.problem, run.policy, self.nats / run.problem.horizon, nodes)
+
+
+def penalised_loss(problem: Problem, policy: Mean, weight: float, nodes: Nodes) -> Tensor:
+    """w [weight ½ |S^-1 B (a - a_old)|² - e^{-rho t} q_old(t, x, a)], (n,)."""
+    a = policy(nodes.t, nodes.x, nodes.cond)
+    return nodes.w * weight * kl_rate(problem, nodes.t, a, nodes["a_old"]) - _surrogate(problem, nodes, a)
+
+
+def clipped_loss(problem: Problem, policy: Mean, rate: float, nodes: Nodes) -> Tensor:
+    """-w e^{-rho t} min(q_old(t, x, a), q_old(t, x, a^)), (n,); rate: the most nats per unit of time."""
+    a, a_old = policy(nodes.t, nodes.x, nodes.cond), nodes["a_old"]
+    within = (rate / kl_rate(problem, nodes.t, a, a_old).clamp(min=rate)).sqrt()
+    back = a_old + broadcast(within, a) * (a - a_old)
+    return -torch.minimum(_surrogate(problem, nodes, a), _surrogate(problem, nodes, back))
+
+
+def _surrogate(problem: Problem, nodes: Nodes, a: Tensor) -> Tensor:
+    """w e^{-rho t} q_old(t, x, a), (n,)."""
+    decay = torch.exp(-problem.discount * nodes.t)
+    return nodes.w * decay * advantage_rate(problem, nodes.t, a, nodes["a_old"], nodes["a_ref"], nodes["grad_v"])

@@ -1,0 +1,410 @@
+"""The one training loop: rollouts, what the algorithm learns from them, metrics, checkpoints.
+
+    result = fit(problem, policy, ActorCritic(), critic=StructuredCritic(problem, network), settings=Settings(steps=20))
+
+A toy problem and Stable Diffusion go through this same function. An epoch is: simulate `samples` trajectories under the
+current policy, ask the reward, put them in store, let the algorithm learn. Everything that is drawn is drawn by
+(seed, epoch, sample), losses are summed over nodes and divided by the global count, and gradients are added up over
+processes; so the run does not depend on micro-batches, on the number of processes, or on having been interrupted.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ctrl import checkpoint, grids
+from ctrl.algorithms.base import Algorithm
+from ctrl.grids import node_weights
+from ctrl.noise import GRID, Noise
+from ctrl.problem import Problem
+from ctrl.regularize import kl_rate
+from ctrl.replay import Batch, Nodes, Replay, with_reward
+from ctrl.rollout import concatenate, rollout
+from ctrl.solvers import Heun, Solver
+from ctrl.value import Critic
+
+Conditions = Callable[[Tensor], Any]
+"""conditions(ids: (n,)) -> cond: what each sample is conditioned on, as a function of its id."""
+
+Loss = Callable[[Nodes], Tensor]
+"""loss(nodes) -> (n,): each node's own share; its mean over nodes is what is minimised."""
+
+Callback = Callable[["Run", dict[str, Any]], None]
+"""callback(run, metrics), after every epoch."""
+
+
+def linear_decay(progress: float) -> float:
+    """From 1 to 0.1 over the run."""
+    return 1 - 0.9 * progress
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is made. Nothing here is about the problem or the algorithm.
+
+    Attributes:
+        epochs: of one collection and one round of learning each.
+        samples: trajectories an epoch, over all processes.
+        steps: N, time steps a trajectory.
+        solver: how trajectories are simulated.
+        grid: grid(problem, steps) -> (N+1,) times.
+        jitter: how far, in steps, the interior times move at random each epoch, so that a continuous-time policy is
+            trained at all times; below ½, and 0 for a fixed grid.
+        lr, critic_lr: learning rates of the two optimisers.
+        optimizer: optimizer(parameters, lr=) -> torch.optim.Optimizer.
+        schedule: the factor on the learning rates as a function of the fraction of the run that is done.
+        max_grad_norm: gradients longer than this are shortened to it.
+        ema: decay per optimiser step of the averaged policy; 0 keeps none.
+        batch: trajectories simulated at a time, and nodes evaluated at a time, on a process.
+        micro_batch: nodes in one backward pass on a process; only memory and speed depend on it.
+        seed: of everything that is drawn.
+        out: folder for metrics.jsonl and checkpoints; None writes nothing.
+        checkpoint_every: epochs between checkpoints; the last epoch always makes one.
+        progress: show a bar.
+    """
+
+    epochs: int = 40
+    samples: int = 256
+    steps: int = 20
+    solver: Solver = field(default_factory=Heun)
+    grid: Callable[[Any, int], Tensor] = grids.natural
+    jitter: float = 0.4
+    lr: float = 6e-3
+    critic_lr: float = 6e-3
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    schedule: Callable[[float], float] = linear_decay
+    max_grad_norm: float = 1.0
+    ema: float = 0.0
+    batch: int = 4096
+    micro_batch: int = 4096
+    seed: int = 0
+    out: Path | None = None
+    checkpoint_every: int = 10
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "samples", "steps", "batch", "micro_batch", "checkpoint_every"):
+            value = getattr(self, name)
+            if not (isinstance(value, int) and value >= 1):
+                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
+        if not self.max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be > 0, got {self.max_grad_norm}")
+        if not 0 <= self.jitter < 0.5:
+            raise ValueError(f"jitter must lie in [0, 0.5), got {self.jitter}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
+        if self.out is not None:
+            object.__setattr__(self, "out", Path(self.out))
+
+
+@dataclass
+class Learner:
+    """A model and its optimiser."""
+
+    model: nn.Module
+    optimizer: Any
+    lr: float
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `fit` returns: the trained modules, the averaged policy if asked for, and the metrics of every epoch."""
+
+    policy: nn.Module
+    critic: Critic | None
+    ema: nn.Module | None
+    history: list[dict[str, Any]]
+
+
+class Run:
+    """The state of a training run, and what an algorithm may do with it."""
+
+    def __init__(
+        self,
+        problem: Problem,
+        policy: nn.Module,
+        algorithm: Algorithm,
+        critic: Critic | None,
+        conditions: Conditions | None,
+        settings: Settings,
+        accelerator: Accelerator,
+    ) -> None:
+        if settings.samples < accelerator.num_processes:
+            raise ValueError(
+                f"samples must be at least one for each of the {accelerator.num_processes} processes, "
+                f"got {settings.samples}"
+            )
+        if accelerator.gradient_accumulation_steps != 1:
+            raise ValueError(
+                "accelerator must have gradient_accumulation_steps = 1: memory is bounded by settings.micro_batch"
+            )
+        self.problem, self.algorithm, self.settings, self.accelerator = problem, algorithm, settings, accelerator
+        self.conditions = conditions or (lambda ids: None)
+        self.policy, self._critic = policy, critic
+        self.learners = {"policy": self._learner(policy, settings.lr)}
+        model: Any = critic  # an exact critic is no module, and learns nothing
+        if isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()):
+            self.learners["critic"] = self._learner(model, settings.critic_lr)
+        self.ema = copy.deepcopy(policy).requires_grad_(False) if settings.ema else None
+        self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
+        self.epoch = 0
+        self.counts = {"trajectories": 0, "network_calls": 0, "reward_calls": 0}
+        self.history: list[dict[str, Any]] = []
+        self._logged: dict[str, list[float]] = {}
+        self._deck = torch.Generator()
+
+    def _learner(self, model: nn.Module, lr: float) -> Learner:
+        trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
+        if not trained:
+            raise ValueError(
+                f"policy has nothing to train: it must be a torch.nn.Module with parameters that require a gradient, "
+                f"got {type(model).__name__}"
+            )
+        model.to(self.accelerator.device)
+        self.accelerator.prepare_model(model, evaluation_mode=True)
+        return Learner(model, self.accelerator.prepare_optimizer(self.settings.optimizer(trained, lr=lr)), lr)
+
+    @property
+    def critic(self) -> Critic:
+        """The critic; an algorithm that needs one has said so in its `check`."""
+        if self._critic is None:
+            raise ValueError("critic must be given to fit: this algorithm uses one")
+        return self._critic
+
+    # what an epoch does
+
+    def step_epoch(self) -> dict[str, Any]:
+        """Collect, learn, and say how it went."""
+        began, settings = time.perf_counter(), self.settings
+        factor = settings.schedule(self.epoch / settings.epochs)
+        for learner in self.learners.values():
+            for group in learner.optimizer.param_groups:
+                group["lr"] = learner.lr * factor
+        self._deck.manual_seed(Noise(settings.seed, self.epoch).word(GRID, 1))
+        self._logged = {}
+        self.replay.add(self.collect(), self.algorithm.keep)
+        self.algorithm.learn(self)
+        self.epoch += 1
+        metrics = {"epoch": self.epoch, **self.counts, **self._summary(), "seconds": time.perf_counter() - began}
+        self.history.append(metrics)
+        return metrics
+
+    @torch.no_grad()
+    def collect(self) -> Batch:
+        """This process's share of an epoch's trajectories, with their rewards."""
+        settings, device = self.settings, self.accelerator.device
+        noise = Noise(settings.seed, self.epoch)
+        times = settings.grid(self.problem, settings.steps)
+        if settings.jitter and settings.steps > 1:
+            shift = noise.uniform(torch.zeros(1, dtype=torch.int64), (settings.steps - 1,), GRID)[0] - 0.5
+            times = grids.jitter(times, 2 * settings.jitter * shift)
+        first = self.epoch * settings.samples
+        ids = torch.arange(first + self.replay.rank, first + settings.samples, self.replay.world, device=device)
+        behaviour = self.algorithm.behaviour(self.policy)
+        paths = []
+        for part in ids.split(settings.batch):
+            with self.accelerator.autocast():
+                cond = self.conditions(part)
+                path = rollout(self.problem, behaviour, times, noise, part, solver=settings.solver, cond=cond)
+                path = with_reward(path, self.problem.reward(path.x[-1], cond))
+            paths.append(replace(path, cond=None))
+        self.counts["trajectories"] += settings.samples
+        self.counts["reward_calls"] += settings.samples
+        self.counts["network_calls"] += settings.samples * settings.steps * settings.solver.calls
+        path = concatenate(paths)
+        assert path.reward is not None
+        self.log("reward", path.reward)
+        return Batch(path)
+
+    # what an algorithm may ask for
+
+    def at_nodes(self, f: Callable[[Tensor, Tensor, Any], Tensor], batch: Batch, samples: int | None = None) -> Tensor:
+        """f(t, x, cond) at every node of a batch, (N+1, B, ...), without a graph, `settings.batch` at a time. samples:
+        how many the batch has over all processes, if not an epoch's."""
+        t, x, ids = batch.trajectory.flat()
+        parts = []
+        for i in range(0, len(t), self.settings.batch):
+            piece = slice(i, i + self.settings.batch)
+            with torch.no_grad(), self.accelerator.autocast():
+                parts.append(f(t[piece], x[piece], self.conditions(ids[piece])).to(x.dtype))
+        self.counts["network_calls"] += (samples or self.settings.samples) * (batch.steps + 1)
+        return torch.cat(parts).unflatten(0, (batch.steps + 1, batch.samples))
+
+    def lay_actions(self) -> None:
+        """Beside the newest batch: a_old, what the policy did at each node, and a_ref, what the reference would do."""
+        batch = self.replay.batches[-1]
+        batch.lay("a_ref", self.at_nodes(self.problem.reference, batch))
+        batch.lay("a_old", self.at_nodes(self.policy, batch))
+        t, _, _ = batch.trajectory.flat()
+        rate = kl_rate(self.problem, t, batch.fields["a_old"].flatten(0, 1), batch.fields["a_ref"].flatten(0, 1))
+        w = node_weights(batch.trajectory.w).to(rate)
+        self.log("kl", (w[:, None] * rate.view(len(w), -1)).sum(0))
+
+    def nodes(self, batch: Batch, k: range) -> Nodes:
+        """All of a batch's nodes k, node by node."""
+        index = torch.tensor(list(k)).repeat_interleave(batch.samples)
+        return self._ready(batch.gather(index, torch.arange(batch.samples).repeat(len(k))))
+
+    def deal(self, updates: int, size: int, *, first: int = 0, last: int | None = None) -> Iterator[Nodes]:
+        """`updates` hands of `size` nodes, counted over all processes, from a shuffled deck of what is in store; node
+        numbers from `first` to `last` (all). Yields this process's share of each."""
+        last = self.settings.steps if last is None else last
+        for nodes in self.replay.deal(updates, size, first, last, self._deck):
+            yield self._ready(nodes)
+
+    def deal_paths(self, updates: int, size: int) -> Iterator[Batch]:
+        """`updates` hands of `size` whole trajectories, counted over all processes, each hand from one epoch, from a
+        shuffled deck of what is in store. Yields this process's share of each."""
+        return self.replay.deal_paths(updates, size, self._deck)
+
+    def _ready(self, nodes: Nodes) -> Nodes:
+        nodes = nodes.each(lambda v: v.to(self.accelerator.device, non_blocking=True))
+        return replace(nodes, cond=self.conditions(nodes.ids))
+
+    def update(self, name: str, loss: Loss, nodes: Nodes, size: int) -> None:
+        """One optimiser step of the model `name` on the mean of loss over `size` nodes, of which this process has
+        some. A critic without parameters, such as an exact one, is left as it is."""
+        if name not in self.learners:
+            return
+        learner = self.learners[name]
+        total = self.backward(learner, loss, nodes, size)
+        norm = self.accelerator.clip_grad_norm_(learner.trained, self.settings.max_grad_norm)
+        if self.accelerator.scaler is None and not bool(torch.isfinite(norm + total)):
+            raise ValueError(
+                f"the {name}'s loss or its gradient is not finite in epoch {self.epoch + 1} (loss {float(total)}, "
+                f"gradient {float(norm)}): take a smaller learning rate, or look at what the {name} returns"
+            )
+        learner.optimizer.step()
+        self.counts["network_calls"] += size
+        if learner.optimizer.step_was_skipped:  # float16 overflowed; accelerate takes a smaller scale from here
+            return
+        if name == "policy" and self.ema is not None:
+            for average, p in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
+                average.data.lerp_(p.data, 1 - self.settings.ema)
+        self.log(f"{name}_loss", total)
+        self.log(f"{name}_grad_norm", norm)
+
+    def backward(self, learner: Learner, loss: Loss, nodes: Nodes, size: int) -> Tensor:
+        """The mean of loss over `size` nodes of all processes, (); its gradient is left in the model's parameters."""
+        learner.optimizer.zero_grad()
+        total = torch.zeros((), device=self.accelerator.device)
+        for i in range(0, len(nodes), self.settings.micro_batch):
+            part = nodes.part(slice(i, i + self.settings.micro_batch))
+            with self.accelerator.autocast():
+                losses = loss(part)
+            if losses.shape != part.t.shape:
+                raise ValueError(f"loss must return one number a node, shape {tuple(part.t.shape)}, got {losses.shape}")
+            share = losses.sum() / size
+            self.accelerator.backward(share)
+            total += share.detach()
+        self._add_up(learner.trained)
+        return self.accelerator.reduce(total)
+
+    def _add_up(self, parameters: Sequence[Tensor]) -> None:
+        """Gradients summed over processes, in one message a dtype. Where there is none it is zero, on any number of
+        processes."""
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if self.accelerator.num_processes == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for p in parameters:
+            assert p.grad is not None
+            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+        for grads in by_dtype.values():
+            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]))
+            for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                g.copy_(piece.view_as(g))
+
+    def mean_over_samples(self, v: Tensor) -> Tensor:
+        """The mean of v, (..., B), over the samples of all processes, (...)."""
+        return self.accelerator.reduce(v.sum(-1)) / self.settings.samples
+
+    def log(self, name: str, value: Tensor | float) -> None:
+        """A metric of this epoch: (B,) is averaged over samples, () is taken as it is; repeated ones are averaged."""
+        value = torch.as_tensor(value, device=self.accelerator.device)
+        self._logged.setdefault(name, []).append(float(self.mean_over_samples(value) if value.ndim else value))
+
+    def _summary(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self._logged.items()}
+
+
+def fit(
+    problem: Problem,
+    policy: nn.Module,
+    algorithm: Algorithm,
+    *,
+    critic: Critic | None = None,
+    conditions: Conditions | None = None,
+    settings: Settings = Settings(),
+    callbacks: Sequence[Callback] = (),
+    resume: bool = False,
+    accelerator: Accelerator | None = None,
+) -> Result:
+    """Train a policy.
+
+    Args:
+        policy: mean(t, x, cond) -> (B, *D) as a module; it is trained in place.
+        critic: learned or exact; see the algorithm.
+        conditions: (n,) sample ids -> cond, anything that policy, reference and reward understand and `cond[index]`
+            can pick from.
+        callbacks: callback(run, metrics) after every epoch, on every process.
+        resume: go on from the newest checkpoint in `settings.out`, if there is one.
+        accelerator: for devices, precision and processes; a plain one by default.
+    """
+
+    if accelerator is None:
+        accelerator = Accelerator()
+    else:
+        accelerator.free_memory()  # what an earlier run left there would go into this one's checkpoints
+    algorithm.check(problem, settings.solver, critic)
+    if resume and settings.out is None:
+        raise ValueError("resume needs settings.out, the folder with the checkpoints")
+    if not resume and settings.out is not None and checkpoint.newest(settings.out):
+        raise ValueError(
+            f"settings.out = {settings.out} holds checkpoints already: pass resume=True, or another folder"
+        )
+    run = Run(problem, policy, algorithm, critic, conditions, settings, accelerator)
+    if settings.out is not None:
+        checkpoint.load_newest(run)
+    bar = tqdm(
+        total=settings.epochs, initial=run.epoch, disable=not (settings.progress and accelerator.is_main_process)
+    )
+    with bar:
+        while run.epoch < settings.epochs:
+            metrics = run.step_epoch()
+            _write(run, metrics)
+            if settings.out is not None and (
+                run.epoch % settings.checkpoint_every == 0 or run.epoch == settings.epochs
+            ):
+                checkpoint.save(run)
+            bar.update()
+            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics})
+            for callback in callbacks:
+                callback(run, metrics)
+    return Result(policy, critic, run.ema, run.history)
+
+
+def _write(run: Run, metrics: dict[str, Any]) -> None:
+    """One line of metrics.jsonl."""
+    if run.settings.out is None or not run.accelerator.is_main_process:
+        return
+    run.settings.out.mkdir(parents=True, exist_ok=True)
+    with (run.settings.out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")

@@ -1,0 +1,253 @@
+"""Stable Diffusion for `ctrl`: the one place where diffusers' classes are turned into what the core asks for.
+
+    pipeline = load("folder or name")
+    policy = Score.of(pipeline, guidance=7.0)           # trained in place: it holds the pipeline's own UNet
+    prompts = Prompts.encode(pipeline, ["a fox", "a hare"])
+    reward = Decoded(pipeline.vae, image_reward, differentiable=True)
+    task = problem(policy.frozen(), reward, beta=0.1)
+    fit(task, policy, ActorCritic(), critic=StructuredCritic(task, Value(4, prompts.width)), conditions=prompts)
+    pipeline.save_pretrained("tuned")
+
+States are latents, D = (C, H, W). The scheduler's table of K betas is the noising, made continuous: its timestep
+k = 0 ... K-1 sits at the forward time s = (k+1)/K, and a UNet is asked at the fractional timestep K s - 1. The problem
+is cut at s_min = 1/K, timestep 0: the least noise the UNet was trained on, where log-SNR and g² are finite, and where
+the pipeline itself stops (`set_alpha_to_one=False`), so its images are rewarded as it would make them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import Timesteps
+from torch import Tensor, nn
+
+from ctrl.linop import broadcast
+from ctrl.noising import VPTable
+from ctrl.problem import IsotropicNormal, ScoreAsAction
+
+ImageReward = Callable[[Tensor, list[str]], Tensor]
+"""reward(images: (n, 3, H, W) in [0, 1], prompts: n) -> (n,)."""
+
+
+def load(path: str, **options: Any) -> StableDiffusionPipeline:
+    """A pipeline from a folder or a hub name, without its safety checker; options as for `from_pretrained`."""
+    return StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False, **options)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """P prompts and what the text encoder makes of them, once. As `conditions` it gives sample i the prompt i mod P.
+
+    Attributes:
+        texts: the prompts, P.
+        embeds: one state per token, (P, L, E).
+        pooled: one vector per prompt, (P, E').
+        empty: the embedding of the empty prompt, for guidance, (1, L, E).
+    """
+
+    texts: Sequence[str]
+    embeds: Tensor
+    pooled: Tensor
+    empty: Tensor
+
+    @staticmethod
+    @torch.no_grad()
+    def encode(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Prompts:
+        """Run the text encoder, which is not needed afterwards."""
+        tokens = pipeline.tokenizer(
+            ["", *texts],
+            padding="max_length",
+            max_length=pipeline.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))
+        embeds, pooled = states.last_hidden_state, states.pooler_output
+        return Prompts(tuple(texts), embeds[1:], pooled[1:], embeds[:1])
+
+    @property
+    def width(self) -> int:
+        """E', of the pooled vectors."""
+        return self.pooled.shape[1]
+
+    def __call__(self, ids: Tensor) -> Cond:
+        """The conditions of samples ids, (n,)."""
+        return Cond(self, ids % len(self.texts))
+
+
+@dataclass(frozen=True)
+class Cond:
+    """Rows of a table of prompts, looked up when they are used: a condition weighs one number a node."""
+
+    table: Prompts
+    index: Tensor
+    """(n,)."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, piece: slice | Tensor) -> Cond:
+        return Cond(self.table, self.index[piece])
+
+    @property
+    def texts(self) -> list[str]:
+        """n prompts."""
+        return [self.table.texts[i] for i in self.index.tolist()]
+
+    @property
+    def embeds(self) -> Tensor:
+        """(n, L, E)."""
+        return self._rows(self.table.embeds)
+
+    @property
+    def pooled(self) -> Tensor:
+        """(n, E')."""
+        return self._rows(self.table.pooled)
+
+    @property
+    def empty(self) -> Tensor:
+        """(n, L, E), the same row n times."""
+        return self.table.empty.to(self.index.device).expand(len(self), -1, -1)
+
+    def _rows(self, table: Tensor) -> Tensor:
+        return table[self.index.to(table.device)].to(self.index.device)
+
+
+class Score(nn.Module):
+    """mean(t, x, cond) -> score, (B, C, H, W): a UNet and classifier-free guidance.
+
+    Args:
+        unet: predicts eps or v; it computes in its own precision, the score comes out in that of x.
+        noising: the scheduler's.
+        prediction: "epsilon" or "v_prediction", as in the scheduler's config.
+        guidance: w in out = out(empty) + w (out(prompt) - out(empty)); at 1 the empty prompt is not evaluated.
+    """
+
+    def __init__(
+        self, unet: UNet2DConditionModel, noising: VPTable, prediction: str = "epsilon", guidance: float = 1.0
+    ) -> None:
+        super().__init__()
+        if prediction not in ("epsilon", "v_prediction"):
+            raise ValueError(f"prediction must be 'epsilon' or 'v_prediction', got {prediction!r}")
+        self.unet, self.noising, self.prediction, self.guidance = unet, noising, prediction, guidance
+
+    @staticmethod
+    def of(pipeline: StableDiffusionPipeline, guidance: float = 1.0) -> Score:
+        """The pipeline's own UNet, not a copy, under the pipeline's schedule."""
+        scheduler = pipeline.scheduler
+        noising = VPTable(scheduler.betas.double().tolist())
+        return Score(pipeline.unet, noising, scheduler.config.prediction_type, guidance)
+
+    def frozen(self) -> Score:
+        """A copy that is not trained: the reference."""
+        return copy.deepcopy(self).requires_grad_(False)
+
+    @property
+    def s_min(self) -> float:
+        """1/K."""
+        return 1 / len(self.noising.betas)
+
+    def forward(self, t: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """t: (B,) on the reverse clock; x: (B, C, H, W)."""
+        s = (self.noising.s_max - t).clamp(self.s_min, self.noising.s_max)
+        out = self.predict(s, x, cond)
+        sigma = broadcast(self.noising.sigma(s), x)
+        eps = out if self.prediction == "epsilon" else broadcast(self.noising.alpha(s), x) * out + sigma * x
+        return -eps / sigma
+
+    def predict(self, s: Tensor, x: Tensor, cond: Cond) -> Tensor:
+        """What the UNet predicts at forward times s, (B,), guided."""
+        k, text = s * len(self.noising.betas) - 1, cond.embeds
+        if self.guidance == 1:
+            return self._unet(k, x, text)
+        out = self._unet(torch.cat([k, k]), torch.cat([x, x]), torch.cat([cond.empty, text]))
+        empty, prompted = out.chunk(2)
+        return empty + self.guidance * (prompted - empty)
+
+    def _unet(self, k: Tensor, x: Tensor, text: Tensor) -> Tensor:
+        dtype = self.unet.dtype
+        return self.unet(x.to(dtype), k, encoder_hidden_states=text.to(dtype), return_dict=False)[0].to(x.dtype)
+
+
+def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0) -> ScoreAsAction:
+    """Sampling from the reference as a control problem, from pure noise to timestep 0."""
+    size = reference.unet.config.sample_size
+    shape = (reference.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    return ScoreAsAction(
+        noising=reference.noising, reference=reference, reward=reward, initial=IsotropicNormal(shape), shape=shape,
+        beta=beta, eta=eta, s_min=reference.s_min, s_max=reference.noising.s_max,
+    )  # fmt: skip
+
+
+class Decoded:
+    """r(latents, cond): a reward of images becomes one of latents. No module, so that a critic built around the reward
+    does not take the VAE for its own.
+
+    Args:
+        vae: the pipeline's; its weights are set not to be trained.
+        reward: of images and prompts.
+        differentiable: whether the reward's gradient is to reach the latents, through the VAE.
+        chunk: images decoded at a time.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL, reward: ImageReward, *, differentiable: bool = False, chunk: int = 8
+    ) -> None:
+        self.vae, self.reward = vae.requires_grad_(False), reward
+        self.differentiable, self.chunk = differentiable, chunk
+
+    def __call__(self, x: Tensor, cond: Cond) -> Tensor:
+        """(B, C, H, W) -> (B,)."""
+        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
+            pieces = [slice(i, i + self.chunk) for i in range(0, len(x), self.chunk)]
+            return torch.cat([self.reward(self.images(x[p]), cond[p].texts).to(x) for p in pieces])
+
+    def images(self, x: Tensor) -> Tensor:
+        """(n, C, H, W) -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""
+        latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return (self.vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+class Tower(nn.Module):
+    """Convolutions from latents (B, C, H, W) and features (B, E) to numbers (B,). The last layer starts at zero."""
+
+    def __init__(self, channels: int, features: int, width: int = 64, halvings: int = 3) -> None:
+        super().__init__()
+        self.first, self.shift = nn.Conv2d(channels, width, 3, padding=1), nn.Linear(features, width)
+        halve = [(nn.SiLU(), nn.Conv2d(width, width, 3, stride=2, padding=1)) for _ in range(halvings)]
+        self.down = nn.Sequential(*(layer for pair in halve for layer in pair), nn.SiLU())
+        self.last = nn.Linear(width, 1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, x: Tensor, features: Tensor) -> Tensor:
+        h = self.down(self.first(x) + self.shift(features)[..., None, None])
+        return self.last(h.mean((2, 3)))[:, 0]
+
+
+class Value(nn.Module):
+    """F(t, x, x0hat, cond), (B,), for a critic: sees both latents, the time and the pooled prompt."""
+
+    def __init__(self, channels: int, pooled: int, width: int = 64) -> None:
+        super().__init__()
+        self.time = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
+        self.tower = Tower(2 * channels, width + pooled, width)
+
+    def forward(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Cond) -> Tensor:
+        return self.tower(torch.cat([x, x0hat], 1), torch.cat([self.time(t).to(x), cond.pooled.to(x)], 1))
+
+
+class StandIn(nn.Module):
+    """(x, cond) -> (B,): a learned stand-in for a reward without gradient, for `ctrl.StructuredCritic`."""
+
+    def __init__(self, channels: int, pooled: int, width: int = 64) -> None:
+        super().__init__()
+        self.tower = Tower(channels, pooled, width)
+
+    def forward(self, x: Tensor, cond: Cond) -> Tensor:
+        return self.tower(x, cond.pooled.to(x))

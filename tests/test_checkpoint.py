@@ -1,0 +1,183 @@
+"""A run that was broken off and resumed is the run that was not."""
+
+import dataclasses
+import functools
+import json
+import shutil
+
+import pytest
+import torch
+from accelerate import Accelerator
+from test_fit import ACTOR_CRITIC, Untouched, fresh_engine, interrupted, models, stop, train  # noqa: F401
+
+from ctrl import Multistep2, checkpoint
+from ctrl.algorithms import DDPO
+from toy import catalogue
+
+CASES = {
+    "actor-critic": {"algorithm": dataclasses.replace(ACTOR_CRITIC, keep=4), "ema": 0.9},
+    "ddpo": {"algorithm": DDPO(nodes=64), "solver": Multistep2()},
+    "conditions": {"name": "mixture-2d-conditional", "ema": 0.5, "samples": 10},
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+@functools.cache
+def whole(name):
+    """Six epochs without a break."""
+    return train(**CASES[name], epochs=6)
+
+
+def lines(out):
+    return (out / "metrics.jsonl").read_text().splitlines()
+
+
+def records(out):
+    """The metrics file but for the time things took."""
+    return [{name: v for name, v in json.loads(line).items() if name != "seconds"} for line in lines(out)]
+
+
+def same_run(resumed, whole, out):
+    """Bitwise: parameters of policy, average and critic; metrics, in memory and in the file."""
+    assert torch.equal(resumed.parameters, whole.parameters)
+    assert resumed.history == whole.history
+    assert records(out) == whole.history
+    for a, b in zip(reversed(resumed.paths), reversed(whole.paths), strict=False):
+        assert torch.equal(a.x, b.x)
+        assert torch.equal(a.t, b.t)
+
+
+@every
+@pytest.mark.parametrize("epoch", [4, 5])
+def test_an_interrupted_run_resumes(name, epoch, tmp_path):
+    """From its checkpoint after epoch 4; what came after it is done again, and said once."""
+    resumed = interrupted(epoch, out=tmp_path, checkpoint_every=2, epochs=6, **CASES[name])
+    assert [int(path.ids[0]) // len(path.ids) for path in resumed.paths] == [4, 5]
+    same_run(resumed, whole(name), tmp_path)
+
+
+@every
+def test_a_run_can_be_made_longer(name, tmp_path):
+    """One epoch and two more, where the learning rate does not say how long the run is."""
+    case = {**CASES[name], "schedule": lambda progress: 1.0}
+    train(**case, epochs=1, out=tmp_path)
+    resumed = train(**case, epochs=3, out=tmp_path, init=8, resume=True)
+    same_run(resumed, train(**case, epochs=3), tmp_path)
+
+
+def test_a_finished_run_comes_back(tmp_path):
+    case = CASES["actor-critic"]
+    done = train(**case, out=tmp_path)
+    back = train(**case, out=tmp_path, init=8, resume=True)
+    assert back.paths == []
+    same_run(back, done, tmp_path)
+    assert back.result.history == done.result.history
+
+
+def test_what_was_torn_is_ignored(tmp_path):
+    """A checkpoint that was being written, and half a line of metrics."""
+    case = {**CASES["actor-critic"], "epochs": 4, "out": tmp_path, "checkpoint_every": 2}
+    with pytest.raises(KeyboardInterrupt):
+        train(callbacks=[stop(3)], **case)
+    part = tmp_path / "checkpoints" / "epoch-000004.part"
+    part.mkdir()
+    (part / "model.safetensors").write_text("torn")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 4, "traj')
+    same_run(train(init=8, resume=True, **case), train(**{**case, "out": None}), tmp_path)
+    assert not part.exists()
+    assert checkpoint.newest(tmp_path).name == "epoch-000004"
+
+
+def test_a_run_without_a_checkpoint_starts_again(tmp_path):
+    """With `resume` or without, and its metrics with it."""
+    with pytest.raises(KeyboardInterrupt):
+        train(callbacks=[stop(2)], out=tmp_path)
+    assert len(lines(tmp_path)) == 2
+    with pytest.raises(KeyboardInterrupt):
+        train(callbacks=[stop(1)], out=tmp_path, resume=True)
+    assert len(lines(tmp_path)) == 1
+    same_run(train(out=tmp_path), train(), tmp_path)
+
+
+def test_what_is_written(tmp_path):
+    """Checkpoints at the asked epochs and at the end; metrics as JSON, a line an epoch. A text names a folder."""
+    result = train(epochs=5, checkpoint_every=2, out=str(tmp_path), ema=0.5).result
+    folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert folders == ["epoch-000002", "epoch-000004", "epoch-000005"]
+    assert [json.loads(line) for line in lines(tmp_path)] == result.history
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+def test_nothing_is_written_unasked(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    train(epochs=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_store_is_what_the_next_epoch_keeps(tmp_path):
+    """The oldest of `keep` batches would be pushed out, so it is not written."""
+    for name, kept in (("actor-critic", 3), ("ddpo", 0)):
+        train(**CASES[name], epochs=5, out=tmp_path / name)
+        stored = checkpoint.load_file(checkpoint.newest(tmp_path / name) / "replay-0.safetensors")
+        assert {key.partition(".")[0] for key in stored} == {str(i) for i in range(kept)}
+
+
+def test_an_accelerator_can_serve_twice(tmp_path):
+    """The second run's checkpoint has the second run's models, and another accelerator finds them."""
+    accelerator = Accelerator()
+    train(init=3, epochs=1, accelerator=accelerator)
+    done = train(epochs=1, out=tmp_path, accelerator=accelerator)
+    back = train(epochs=1, out=tmp_path, init=8, resume=True)
+    assert torch.equal(back.parameters, done.parameters)
+
+
+# what is refused
+
+
+def test_checkpoints_are_not_overwritten(tmp_path):
+    train(epochs=1, out=tmp_path)
+    before = lines(tmp_path)
+    with pytest.raises(ValueError, match="holds checkpoints already: pass resume=True, or another folder"):
+        train(built=(Untouched(), catalogue.get("mixture-2d").value), out=tmp_path)
+    assert lines(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"samples": 12}, "samples = 24, this run has 12: resume with the same, or start in another folder"),
+        ({"steps": 5}, "steps = 6, this run has 5"),
+        ({"seed": 1}, "seed = 0, this run has 1"),
+        ({"ema": 0.5}, "ema = 0.0, this run has 0.5"),
+        ({"algorithm": DDPO(), "solver": Multistep2()}, "algorithm = ActorCritic, this run has DDPO"),
+    ],
+)
+def test_another_run_does_not_resume_this_one(changed, message, tmp_path):
+    train(epochs=1, out=tmp_path)
+    with pytest.raises(ValueError, match=f"epoch-000001 was written with {message}"):
+        train(**changed, out=tmp_path, resume=True)
+
+
+def test_the_learners_must_agree(tmp_path):
+    train(epochs=1, out=tmp_path)
+    with pytest.raises(ValueError, match=r"learners = \['critic', 'policy'\], this run has \['policy'\]"):
+        train(built=(models()[0], catalogue.get("mixture-2d").value), out=tmp_path, resume=True)
+
+
+def test_the_number_of_processes_must_agree(tmp_path):
+    train(epochs=1, out=tmp_path)
+    progress = tmp_path / "checkpoints" / "epoch-000001" / "progress.json"
+    progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match="processes = 2, this run has 1"):
+        train(out=tmp_path, resume=True)
+
+
+def test_the_newest_is_the_last_epoch(tmp_path):
+    assert checkpoint.newest(tmp_path) is None
+    for epoch in (9, 10, 200, 1000):
+        (tmp_path / "checkpoints" / f"epoch-{epoch:06d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "epoch-002000.part").mkdir()
+    assert checkpoint.newest(tmp_path).name == "epoch-001000"
+    shutil.rmtree(tmp_path / "checkpoints" / "epoch-001000")
+    assert checkpoint.newest(tmp_path).name == "epoch-000200"

@@ -1,0 +1,586 @@
+"""The loop: the same numbers whatever the processes, chunks and micro-batches; metrics; refusals; one loop for all."""
+
+import ast
+import copy
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+
+import ctrl.algorithms
+from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, StructuredCritic, grids, path_kl
+from ctrl.algorithms import DDPO, ActorCritic, Algorithm
+from ctrl.fit import Settings, fit, linear_decay
+from toy import catalogue
+from toy.networks import Policy, Value
+
+ROOT = Path(__file__).parents[1]
+ACTOR_CRITIC = ActorCritic(critic_updates=3, actor_updates=3, nodes=64, keep=2)
+
+
+@pytest.fixture(autouse=True)
+def fresh_engine(monkeypatch):
+    """accelerate keeps one state a process: the device and precision of one test are not those of the next."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class ClassPolicy(nn.Module):
+    """a = a_ref + one vector a class: wrong wherever a node has another's condition. One parameter is never used."""
+
+    def __init__(self, problem):
+        super().__init__()
+        self.problem, self.push, self.unused = problem, nn.Embedding(3, 2), nn.Parameter(torch.ones(2))
+        nn.init.zeros_(self.push.weight)
+
+    def forward(self, t, x, cond):
+        return self.problem.reference(t, x, cond) + self.push(cond)
+
+
+def models(name="mixture-2d", init=7):
+    """A policy and a critic."""
+    torch.manual_seed(init)
+    problem = catalogue.get(name).problem
+    policy = ClassPolicy(problem) if "conditional" in name else Policy(problem, 16)
+    return policy, StructuredCritic(problem, Value(problem, 16))
+
+
+@dataclasses.dataclass
+class Trained:
+    """What a run left: its result, and every epoch's trajectories on this process."""
+
+    result: object
+    paths: list
+
+    @property
+    def parameters(self):
+        """Of policy, averaged policy and critic, in one vector."""
+        parts = (self.result.policy, self.result.ema, self.result.critic)
+        return torch.cat([p.detach().flatten() for m in parts if isinstance(m, nn.Module) for p in m.parameters()])
+
+    @property
+    def history(self):
+        """The metrics but for the time they took."""
+        return [{name: v for name, v in record.items() if name != "seconds"} for record in self.result.history]
+
+    def plain(self):
+        """As tensors and lists."""
+        paths = [{"ids": p.ids, "t": p.t, "x": p.x, "reward": p.reward} for p in self.paths]
+        return {"parameters": self.parameters, "history": self.history, "paths": paths}
+
+
+def train(
+    name="mixture-2d", algorithm=ACTOR_CRITIC, *, init=7, built=None, problem=None, callbacks=(), resume=False,
+    accelerator=None, **settings,
+):  # fmt: skip
+    """A small run on the CPU. init: seed of the models, unless they are `built`."""
+    entry, paths = catalogue.get(name), []
+    policy, critic = built or models(name, init)
+    result = fit(
+        problem or entry.problem,
+        policy,
+        algorithm,
+        critic=critic,
+        conditions=entry.condition if "conditional" in name else None,
+        settings=Settings(**{"epochs": 3, "samples": 24, "steps": 6, "progress": False, **settings}),
+        callbacks=(lambda run, metrics: paths.append(run.replay.batches[-1].trajectory), *callbacks),
+        resume=resume,
+        accelerator=accelerator,
+    )
+    return Trained(result, paths)
+
+
+def close(a, b, rtol=1e-9, atol=1e-11):
+    torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
+
+
+def same_history(a, b):
+    assert [list(record) for record in a] == [list(record) for record in b]
+    for x, y in zip(a, b, strict=True):
+        assert list(x.values()) == pytest.approx(list(y.values()), rel=1e-9, abs=1e-11)
+
+
+# processes
+
+CASES = {
+    "actor-critic": {"ema": 0.5},
+    "actor-critic, 23 samples": {"samples": 23, "batch": 5, "micro_batch": 7},
+    "ddpo, 23 samples": {"algorithm": DDPO(nodes=64), "samples": 23, "solver": Multistep2()},
+    "conditions, hands of 3 nodes": {
+        "name": "mixture-2d-conditional", "algorithm": dataclasses.replace(ACTOR_CRITIC, nodes=3),
+        "samples": 10, "optimizer": functools.partial(torch.optim.AdamW, weight_decay=1.0),
+    },
+}  # fmt: skip
+
+
+def stop(epoch):
+    """A callback that interrupts."""
+
+    def callback(run, metrics):
+        if run.epoch == epoch:
+            raise KeyboardInterrupt
+
+    return callback
+
+
+def interrupted(epoch, **case):
+    """A run that is broken off after an epoch, and gone on with from its newest checkpoint by other objects."""
+    with pytest.raises(KeyboardInterrupt):
+        train(callbacks=[stop(epoch)], **case)
+    return train(init=8, resume=True, **case)
+
+
+def worker(folder, rank, world):
+    """One process of several: what it has of every run goes to a file."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    store = torch.distributed.FileStore(f"{folder}/store", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    runs = {name: train(**case) for name, case in CASES.items()}
+    runs["resumed"] = interrupted(2, out=f"{folder}/run", checkpoint_every=2, **CASES["actor-critic"])
+    torch.save({name: run.plain() for name, run in runs.items()}, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@functools.cache
+def together(world):
+    """What each of several processes has of every run, [rank][run]."""
+    shared = {
+        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            subprocess.Popen(
+                [sys.executable, __file__, folder, str(rank), str(world)],
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            )
+            for rank in range(world)
+        ]
+        assert [process.wait(timeout=600) for process in processes] == [0] * world
+        return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+
+
+@functools.cache
+def alone(name):
+    return train(**CASES[name]).plain()
+
+
+worlds = pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.long)])
+
+
+@worlds
+@pytest.mark.parametrize("name", CASES)
+def test_the_number_of_processes_changes_nothing(name, world):
+    """Trajectories, rewards, metrics and parameters, to rounding; and every process ends with the same."""
+    one, many = alone(name), [run[name] for run in together(world)]
+    for run in many:
+        close(run["parameters"], one["parameters"])
+        same_history(run["history"], one["history"])
+    for epoch, path in enumerate(one["paths"]):
+        parts = [run["paths"][epoch] for run in many]
+        ids = torch.cat([p["ids"] for p in parts])
+        assert {len(p["ids"]) for p in parts} == {len(ids) // world, -(-len(ids) // world)}
+        assert torch.equal(ids.sort().values, path["ids"])
+        close(torch.cat([p["x"] for p in parts], 1)[:, ids.argsort()], path["x"])
+        close(torch.cat([p["reward"] for p in parts])[ids.argsort()], path["reward"])
+        assert all(torch.equal(p["t"], path["t"]) for p in parts)
+
+
+@worlds
+def test_several_processes_resume(world):
+    """Each goes on from its own part of the store."""
+    one = alone("actor-critic")
+    for run in together(world):
+        close(run["resumed"]["parameters"], one["parameters"])
+        same_history(run["resumed"]["history"], one["history"])
+
+
+# chunks, micro-batches, seeds
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_chunks_and_micro_batches_change_nothing(name):
+    other = train(**{**CASES[name], "batch": 11, "micro_batch": 2 if "hands" in name else 9})
+    close(other.parameters, alone(name)["parameters"])
+    same_history(other.history, alone(name)["history"])
+
+
+class Once(Algorithm):
+    """One optimiser step an epoch on a loss of its own, and the nodes it saw."""
+
+    keep = 2
+
+    def __init__(self, loss, size=100):
+        self.loss, self.size, self.hands = loss, size, []
+
+    def learn(self, run):
+        run.lay_actions()
+        for nodes in run.deal(1, self.size):
+            self.hands.append(nodes)
+            run.update("policy", lambda n: self.loss(run, n), nodes, self.size)
+
+
+def squares(run, nodes):
+    """w |a - 1|²."""
+    return nodes.w * (run.policy(nodes.t, nodes.x, nodes.cond) - 1).square().sum(1)
+
+
+DESCENT = {"epochs": 1, "optimizer": torch.optim.SGD, "lr": 1.0, "schedule": lambda progress: 1.0}
+
+
+@pytest.mark.parametrize("micro_batch", [1000, 7])
+def test_an_update_descends_the_mean_over_nodes(micro_batch):
+    """Gradient descent at rate 1 takes off the gradient of the mean, and says the mean and the gradient's norm."""
+    before, algorithm = models()[0], Once(squares)
+    run = train(algorithm=algorithm, micro_batch=micro_batch, max_grad_norm=1e9, **DESCENT)
+    (nodes,), (metrics,) = algorithm.hands, run.history
+    assert len(nodes) == 100
+    loss = (nodes.w * (before(nodes.t, nodes.x) - 1).square().sum(1)).mean()
+    grad = torch.autograd.grad(loss, list(before.parameters()))
+    norm = torch.cat([g.flatten() for g in grad]).norm()
+    for old, new, g in zip(before.parameters(), run.result.policy.parameters(), grad, strict=True):
+        close(old - new, g)
+    assert metrics["policy_loss"] == pytest.approx(float(loss.detach()), rel=1e-12)
+    assert metrics["policy_grad_norm"] == pytest.approx(float(norm), rel=1e-12)
+
+
+def test_a_long_gradient_is_shortened():
+    run = train(algorithm=Once(squares), max_grad_norm=0.1, **DESCENT)
+    (metrics,) = run.history
+    assert metrics["policy_grad_norm"] > 1
+    moved = nn.utils.parameters_to_vector(models()[0].parameters()) - nn.utils.parameters_to_vector(
+        run.result.policy.parameters()
+    )
+    assert float(moved.detach().norm()) == pytest.approx(0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("case", [{"ema": 0.5}, {"algorithm": DDPO(nodes=64), "solver": DDIM()}], ids=["ac", "ddpo"])
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(case):
+    first, again, other = (train(**case, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(first.parameters, again.parameters)
+    assert first.history == again.history
+    assert all(torch.equal(a.x, b.x) for a, b in zip(first.paths, again.paths, strict=True))
+    assert not torch.isclose(first.parameters, other.parameters).all()
+    for a, b in zip(first.paths, other.paths, strict=True):
+        assert not torch.isclose(a.x[0], b.x[0]).any()
+        assert not torch.isclose(a.t[1:-1], b.t[1:-1]).any()
+
+
+def test_hands_are_drawn_by_seed_and_epoch():
+    def dealt(seed):
+        algorithm = Once(squares)
+        train(algorithm=algorithm, samples=200, seed=seed)
+        return [tuple((200 * hand.k + hand.ids % 200).tolist()) for hand in algorithm.hands]
+
+    first, again, other = dealt(0), dealt(0), dealt(1)
+    assert first == again
+    assert len({*first, *other}) == 6
+
+
+def test_every_epoch_has_samples_and_times_of_its_own():
+    paths = train(samples=4).paths
+    assert torch.cat([p.ids for p in paths]).tolist() == list(range(12))
+    natural = grids.natural(catalogue.get("mixture-2d").problem, 6)
+    for path in paths:
+        assert torch.equal(path.t[[0, -1]], natural[[0, -1]])
+        step = torch.maximum(natural.diff()[1:], natural.diff()[:-1])
+        assert bool(((path.t - natural)[1:-1].abs() <= 0.4 * step).all())
+    assert not torch.isclose(paths[0].t[1:-1], paths[1].t[1:-1]).any()
+    assert all(torch.equal(path.t, natural) for path in train(samples=4, jitter=0.0).paths)
+
+
+def test_one_step_and_one_sample():
+    assert train(samples=1, steps=1).paths[0].x.shape == (2, 1, 2)
+
+
+# what is learned, and what is said about it
+
+
+def test_metrics_by_hand():
+    """Two epochs with Heun (two calls a step), 24 samples, 6 steps, hands of 64, all epochs kept: rollouts, a_ref and
+    a_old of the new batch, a and V of each batch in store, and one call for a node of each optimiser step."""
+    first, second = train(epochs=2).result.history
+    nodes, rollout, updates = 24 * 7, 24 * 6 * 2, (3 + 3) * 64
+    calls = rollout + 2 * nodes + 2 * nodes + updates
+    assert first["network_calls"] == calls
+    assert second["network_calls"] == calls + rollout + 2 * nodes + 2 * 2 * nodes + updates
+    assert (first["epoch"], second["epoch"]) == (1, 2)
+    for name in ("trajectories", "reward_calls"):
+        assert (first[name], second[name]) == (24, 48)
+    assert list(first) == [
+        "epoch", "trajectories", "network_calls", "reward_calls", "reward", "kl", "critic_loss", "critic_grad_norm",
+        "policy_loss", "policy_grad_norm", "seconds",
+    ]  # fmt: skip
+    assert 0 < first["seconds"] < 60
+
+
+@pytest.mark.parametrize("name", ["mixture-2d", "mixture-2d-conditional"])
+@pytest.mark.parametrize("solver", [Heun(), EulerMaruyama()], ids=str)
+def test_reward_and_kl_are_those_of_the_batch(name, solver):
+    """KL is ctrl's path KL of the policy that made the trajectories, by the solver's own quadrature."""
+    entry, policies, seen = catalogue.get(name), [models(name)[0]], []
+
+    @torch.no_grad()
+    def look(run, metrics):
+        path = run.replay.batches[-1].trajectory
+        path = dataclasses.replace(path, cond=entry.condition(path.ids))
+        seen.append((metrics["kl"], float(path_kl(entry.problem, path, policies[-1]).mean())))
+        assert metrics["reward"] == pytest.approx(float(entry.problem.reward(path.x[-1], path.cond).mean()), rel=1e-12)
+        policies.append(copy.deepcopy(run.policy))
+
+    train(name, solver=solver, callbacks=[look], lr=0.05)
+    assert seen[-1][0] > 1e-3
+    assert [kl for kl, _ in seen] == pytest.approx([exact for _, exact in seen], rel=1e-10, abs=1e-14)
+
+
+def test_nodes_have_the_condition_of_their_sample():
+    """In hands and in micro-batches; and the state too is that of the node they name."""
+
+    def look(run, nodes):
+        assert torch.equal(nodes.cond, nodes.ids % 3)
+        for t, x, k, i in zip(nodes.t, nodes.x, nodes.k.tolist(), nodes.ids.tolist(), strict=True):
+            path = run.replay.batches[i // 10 - max(0, run.epoch - 1)].trajectory
+            assert torch.equal(x, path.x[k, i % 10])
+            assert float(t) == float(path.t[k])
+        return squares(run, nodes)
+
+    algorithm = Once(look)
+    train("mixture-2d-conditional", algorithm, samples=10, micro_batch=7)
+    assert {int(c) for c in algorithm.hands[-1].cond} == {0, 1, 2}
+    assert {int(i) // 10 for i in algorithm.hands[-1].ids} == {1, 2}  # the last two epochs
+
+
+def test_learning_rates_follow_the_schedule():
+    seen = []
+
+    def look(run, metrics):
+        seen.append([run.learners[name].optimizer.param_groups[0]["lr"] for name in ("policy", "critic")])
+
+    train(epochs=4, lr=0.02, critic_lr=0.03, callbacks=[look])
+    assert seen == [[0.02 * linear_decay(e / 4), 0.03 * linear_decay(e / 4)] for e in range(4)]
+    assert (linear_decay(0), linear_decay(1)) == pytest.approx((1, 0.1))
+
+
+def test_the_averaged_policy():
+    """ema <- 0.9 ema + 0.1 theta after every step of the policy's, from the first policy on."""
+    average, errors = nn.utils.parameters_to_vector(models()[0].parameters()).detach(), []
+
+    def look(run, metrics):
+        nonlocal average
+        average = 0.9 * average + 0.1 * nn.utils.parameters_to_vector(run.policy.parameters()).detach()
+        errors.append(float((nn.utils.parameters_to_vector(run.ema.parameters()) - average).abs().max()))
+
+    result = train(algorithm=dataclasses.replace(ACTOR_CRITIC, actor_updates=1), ema=0.9, callbacks=[look]).result
+    assert errors == pytest.approx([0, 0, 0], abs=1e-15)
+    assert not any(p.requires_grad for p in result.ema.parameters())
+    assert train(epochs=1).result.ema is None
+
+
+def test_an_exact_critic_is_left_as_it_is():
+    critic = catalogue.get("mixture-2d").value
+    run = train(built=(models()[0], critic), epochs=1)
+    assert run.result.critic is critic
+    assert "critic_loss" not in run.history[0]
+    assert run.history[0]["policy_loss"] > 0
+
+
+def test_bfloat16():
+    """Networks run in bfloat16, states and parameters stay float32; the averaged policy is a network of its own."""
+    torch.set_default_dtype(torch.float32)
+    seen = []
+    built = models()
+    built[0].network.layers[0].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    run = train(built=built, epochs=1, ema=0.5, accelerator=Accelerator(mixed_precision="bf16"))
+    assert set(seen) == {torch.bfloat16}
+    assert run.paths[0].x.dtype == run.paths[0].reward.dtype == torch.float32
+    assert {p.dtype for p in built[0].parameters()} == {torch.float32}
+    t, x = torch.full((5,), 0.5), torch.randn(5, 2)
+    averaged, policy = run.result.ema(t, x), run.result.policy(t, x)
+    assert averaged.dtype == policy.dtype == torch.float32
+    nn.init.ones_(built[0].network.layers[-1].weight)
+    assert torch.equal(run.result.ema(t, x), averaged)
+    assert not torch.equal(run.result.policy(t, x), policy)
+
+
+# what is refused
+
+
+class Untouched(nn.Module):
+    """A policy that must not be called: what is wrong shows before anything is simulated."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.zeros(()))
+
+    def forward(self, t, x, cond):
+        raise AssertionError("the policy was called")
+
+
+@pytest.mark.parametrize(
+    "name, value, message",
+    [
+        ("epochs", 0, "epochs must be an integer >= 1, got 0"),
+        ("samples", 8.0, "samples must be an integer >= 1, got 8.0"),
+        ("steps", 0, "steps must"),
+        ("batch", 0, "batch must"),
+        ("micro_batch", -1, "micro_batch must"),
+        ("checkpoint_every", 0, "checkpoint_every must"),
+        ("max_grad_norm", -1.0, "max_grad_norm must be > 0, got -1.0"),
+        ("max_grad_norm", float("nan"), "max_grad_norm must"),
+        ("jitter", 0.5, r"jitter must lie in \[0, 0.5\), got 0.5"),
+        ("jitter", -0.1, "jitter must"),
+        ("ema", 1.0, r"ema must lie in \[0, 1\), got 1.0"),
+        ("ema", -0.1, "ema must"),
+    ],
+)
+def test_settings_are_checked(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize(
+    "algorithm, critic, settings, message",
+    [
+        (ACTOR_CRITIC, None, {}, r"critic must be given: .* \(see ctrl.StructuredCritic\)"),
+        (DDPO(), None, {"solver": Heun()}, "solver Heun has no transition density, .* take EulerMaruyama, DDIM"),
+        (DDPO(), None, {"solver": DDIM(), "resume": True}, "resume needs settings.out"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_rollout(algorithm, critic, settings, message):
+    with pytest.raises(ValueError, match=message):
+        train(algorithm=algorithm, built=(Untouched(), critic), **settings)
+
+
+@pytest.mark.parametrize(
+    "policy, got",
+    [
+        (Untouched().requires_grad_(False), "Untouched"),
+        (nn.Identity(), "Identity"),
+        (catalogue.get("mixture-2d").problem.reference, "method"),
+    ],
+)
+def test_a_policy_must_have_something_to_train(policy, got):
+    with pytest.raises(ValueError, match=f"policy has nothing to train: .* require a gradient, got {got}"):
+        train(built=(policy, models()[1]))
+
+
+def test_every_process_must_have_a_sample(monkeypatch):
+    monkeypatch.setattr(Accelerator, "num_processes", 30)
+    with pytest.raises(ValueError, match="samples must be at least one for each of the 30 processes, got 24"):
+        train(built=(Untouched(), models()[1]))
+
+
+def test_accumulation_is_the_loops_own():
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps = 1: .* settings.micro_batch"):
+        train(built=(Untouched(), models()[1]), accelerator=Accelerator(gradient_accumulation_steps=2))
+
+
+@pytest.mark.parametrize(
+    "reward, message",
+    [
+        (lambda x, cond: x, r"reward must return one number a sample, a tensor of shape \(24,\), got \(24, 2\)"),
+        (lambda x, cond: x.sum(), r"shape \(24,\), got \(\)"),
+        (lambda x, cond: x.sum(1).tolist(), r"shape \(24,\), got list"),
+        (lambda x, cond: x.sum(1).numpy(), r"shape \(24,\), got ndarray"),
+        (lambda x, cond: torch.arange(24.0).where(torch.arange(24) != 5, torch.nan), "not finite for sample id 5"),
+        (lambda x, cond: x.sum(1) / 0, "not finite for sample id 0"),
+    ],
+)
+def test_a_wrong_reward_is_refused(reward, message):
+    entry = catalogue.get("mixture-2d")
+    problem = dataclasses.replace(entry.problem, reward=reward)
+    with pytest.raises(ValueError, match=message):
+        train(built=(models()[0], entry.value), problem=problem)
+
+
+def test_an_error_in_the_reward_comes_through():
+    def reward(x, cond):
+        raise ConnectionError("no answer")
+
+    problem = dataclasses.replace(catalogue.get("mixture-2d").problem, reward=reward)
+    with pytest.raises(ConnectionError, match="no answer"):
+        train(problem=problem)
+
+
+def test_a_loss_must_be_one_number_a_node():
+    with pytest.raises(ValueError, match=r"loss must return one number a node, shape \(100,\)"):
+        train(algorithm=Once(lambda run, n: squares(run, n).mean()))
+
+
+@pytest.mark.parametrize("factor", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_and_moves_nothing(factor):
+    policy, critic = models()
+    with pytest.raises(ValueError, match=r"the policy's loss or its gradient is not finite in epoch 1 .* smaller"):
+        train(algorithm=Once(lambda run, n: factor * squares(run, n)), built=(policy, critic))
+    for p, q in zip(policy.parameters(), models()[0].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+# one loop
+
+OURS = {*ctrl.algorithms.__all__, "Optimizer"} - {"GaussianNetwork"}
+
+
+def loops(source):
+    """Lines on which a source trains by itself, or makes an algorithm of its own. `self.backward` is a run's own."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            name, of = node.func.attr, ast.unparse(node.func.value).lower()
+            if (name == "backward" and of != "self") or name == "zero_grad" or (name == "step" and "opt" in of):
+                yield node.lineno
+        elif isinstance(node, ast.ClassDef) and {ast.unparse(b).rpartition(".")[2] for b in node.bases} & OURS:
+            yield node.lineno
+
+
+def test_no_other_training_loop():
+    """Toy problems and large models reach `ctrl.fit`, and its algorithms as they are."""
+    sources = [path for layer in ("toy", "scale") for path in sorted((ROOT / layer).rglob("*.py"))]
+    assert [f"{path}:{line}" for path in sources for line in loops(path.read_text())] == []
+    assert len(sources) > 5
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "loss.backward()",
+        "self.accelerator.backward(loss)",
+        "optimizer.step()",
+        "self.opt.step()",
+        "learner.optimizer.zero_grad()",
+        "class A(Algorithm): pass",
+        "class A(ctrl.algorithms.ActorCritic): pass",
+        "class A(torch.optim.Optimizer): pass",
+    ],
+)
+def test_another_loop_is_caught(source):
+    assert list(loops(source)) == [1]
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "scheduler.step(x, t)",
+        "solver.step(x)",
+        "self.backward(learner)",
+        "class A(Problem): pass",
+        "class A(Run): pass",
+    ],
+)
+def test_what_is_no_loop_is_not(source):
+    assert list(loops(source)) == []
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,317 @@
+"""A tiny Stable Diffusion with random weights goes through the same `fit` as the toy problems, and comes out whole."""
+
+import inspect
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import scale.diffusion
+from ctrl import DDIM, Exponential, Noise, Noising, Problem, Solver, StructuredCritic, rollout
+from ctrl.algorithms import DDPO, ActorCritic, Algorithm
+from ctrl.fit import Result, Run, Settings, fit
+from ctrl.value import Critic, NetworkCritic
+from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, load, problem
+
+PROMPTS = ["a red fox", "hare", "an owl"]
+GUIDANCE = 3.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline in the file format of SD v1.5 and with its schedule: latents 4x8x8, images 16x16."""
+    path = tmp_path_factory.mktemp("tiny")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(c + "</w>" for c in letters)]
+    (path / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
+    (path / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=16, projection_dim=16, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(16, 32), norm_num_groups=8, cross_attention_dim=16,
+        attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16), norm_num_groups=8, latent_channels=4, sample_size=16,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, steps_offset=1,
+        skip_prk_steps=True, set_alpha_to_one=False,
+    )  # fmt: skip
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=CLIPTokenizer.from_pretrained(path, model_max_length=16),
+        unet=unet, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(path / "pipeline")  # fmt: skip
+    return path / "pipeline"
+
+
+@pytest.fixture
+def pipeline(folder: Path) -> StableDiffusionPipeline:
+    return tiny(folder)
+
+
+def tiny(folder: Path, dtype: torch.dtype = torch.float64) -> StableDiffusionPipeline:
+    """The pipeline with DDIM in place of PNDM, as the papers sample, and without bars."""
+    pipeline = load(str(folder)).to(dtype)
+    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, "clip_sample": False})
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+class Brightness:
+    """A reward that can be recomputed by hand: how red an image is, and how long its prompt. As a black box, it hands
+    out numbers without a graph."""
+
+    def __init__(self, black_box: bool) -> None:
+        self.black_box = black_box
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        assert images.shape[1:] == (3, 16, 16)
+        assert bool(((images >= 0) & (images <= 1)).all())
+        red = images[:, 0].mean((1, 2)) + torch.tensor([float(len(p)) for p in prompts])
+        return torch.from_numpy(red.numpy()) if self.black_box else red
+
+
+def settings(**changes: object) -> Settings:
+    plain = {"epochs": 1, "samples": 4, "steps": 3, "batch": 4, "lr": 1e-3, "progress": False}
+    return Settings(**{**plain, **changes})  # type: ignore[arg-type]
+
+
+def ends(pipeline: StableDiffusionPipeline, found: dict[str, Tensor]):
+    """A callback that rewards the decoded ends of the newest trajectories again, through the pipeline's own parts."""
+
+    def callback(run: Run, metrics: dict[str, object]) -> None:
+        path = run.replay.batches[-1].trajectory
+        with torch.no_grad():
+            decoded = pipeline.vae.decode(path.x[-1] / pipeline.vae.config.scaling_factor).sample
+        images = pipeline.image_processor.postprocess(decoded, output_type="pt")
+        found["reward"] = Brightness(False)(images, [PROMPTS[int(i) % 3] for i in path.ids])
+
+    return callback
+
+
+def structured(task: Problem, prompts: Prompts, stand_in: bool = False) -> Critic:
+    reward = StandIn(4, prompts.width, 8) if stand_in else None
+    return StructuredCritic(task, Value(4, prompts.width, 8), reward=reward)
+
+
+ACTOR_CRITIC = ActorCritic(critic_updates=1, actor_updates=1, nodes=8, keep=1)
+
+
+def train(
+    pipeline: StableDiffusionPipeline,
+    algorithm: Algorithm = ACTOR_CRITIC,
+    checkpointing: bool = False,
+    **changes: object,
+) -> Result:
+    """An epoch with a differentiable reward and a structured critic, everything from one seed."""
+    torch.manual_seed(1)
+    policy, prompts = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS)
+    if checkpointing:
+        policy.unet.enable_gradient_checkpointing()
+    task = problem(policy.frozen(), Decoded(pipeline.vae, Brightness(False), differentiable=True, chunk=3), beta=0.1)
+    critic = structured(task, prompts)
+    return fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=settings(**changes))
+
+
+# the process
+
+
+def test_policy_starts_as_the_reference(pipeline: StableDiffusionPipeline) -> None:
+    policy, prompts = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS)
+    reference = policy.frozen()
+    t, x, cond = torch.rand(5), torch.randn(5, 4, 8, 8), prompts(torch.arange(5))
+    assert torch.equal(policy(t, x, cond), reference(t, x, cond))
+    next(policy.parameters()).data += 1
+    assert not torch.equal(policy(t, x, cond), reference(t, x, cond))
+    assert not any(p.requires_grad for p in reference.parameters())
+
+
+def nodes_of(task, scheduler: DDIMScheduler) -> Tensor:
+    """The times of a scheduler's timesteps, and of timestep 0, where it ends."""
+    s = torch.cat([scheduler.timesteps + 1, torch.ones(1)]).double() / 1000
+    return (task.s_max - s).clamp(max=task.horizon)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("ddim_eta", [0.0, 1.0])
+@pytest.mark.parametrize("guidance", [1.0, GUIDANCE])
+def test_ddim_is_the_schedulers(
+    pipeline: StableDiffusionPipeline, prediction: str, ddim_eta: float, guidance: float
+) -> None:
+    """Every state of a rollout on the scheduler's timesteps is the scheduler's own, given the same noise."""
+    scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, "prediction_type": prediction})
+    scheduler.alphas_cumprod = (1 - scheduler.betas.double()).cumprod(0)  # diffusers' is rounded to float32
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(5)
+    pipeline.scheduler = scheduler
+    policy, prompts = Score.of(pipeline, guidance), Prompts.encode(pipeline, PROMPTS)
+    task = problem(policy, Decoded(pipeline.vae, Brightness(True)), beta=1.0)
+    ids, x = torch.arange(3), torch.randn(3, 4, 8, 8)
+    solver, times = DDIM(ddim_eta), nodes_of(task, scheduler)
+    path = rollout(task, policy, times, Noise(0), ids, solver=solver, cond=prompts(ids), start=x)
+    text, empty = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
+    assert path.xi is not None
+    for k, timestep in enumerate(scheduler.timesteps):
+        with torch.no_grad():
+            out = pipeline.unet(x, timestep, encoder_hidden_states=text).sample
+            plain = pipeline.unet(x, timestep, encoder_hidden_states=empty).sample
+        out = plain + guidance * (out - plain)
+        x = scheduler.step(out, timestep, x, eta=ddim_eta, variance_noise=path.xi[k] if ddim_eta else None).prev_sample
+        torch.testing.assert_close(path.x[k + 1], x, rtol=1e-9, atol=1e-9)
+
+
+def test_rollout_draws_the_pipelines_images(folder: Path) -> None:
+    """In float32, as shipped, the images and the reward of a rollout are those of the pipeline's own call."""
+    torch.set_default_dtype(torch.float32)
+    pipeline = tiny(folder, torch.float32)
+    policy, prompts, ids = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS), torch.arange(3)
+    reward = Decoded(pipeline.vae, Brightness(True), chunk=2)
+    task, start = problem(policy, reward, beta=1.0), torch.randn(3, 4, 8, 8)
+    shown = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=GUIDANCE, latents=start, output_type="pt").images
+    times = nodes_of(task, pipeline.scheduler)
+    path = rollout(task, policy, times, Noise(0), ids, solver=DDIM(0.0), cond=prompts(ids), start=start)
+    assert path.x.dtype == torch.float32
+    with torch.no_grad():
+        images = reward.images(path.x[-1])
+    torch.testing.assert_close(images, shown, rtol=0, atol=1e-4)
+    torch.testing.assert_close(reward(path.x[-1], prompts(ids)), Brightness(True)(shown, PROMPTS), rtol=0, atol=1e-4)
+
+
+def test_clock_is_the_problems(pipeline: StableDiffusionPipeline) -> None:
+    """The UNet is asked at the timestep K s - 1 of the problem's own s, and never below 0."""
+    policy, prompts, asked = Score.of(pipeline), Prompts.encode(pipeline, PROMPTS), []
+    task = problem(policy, Decoded(pipeline.vae, Brightness(True)), beta=1.0)
+    pipeline.unet.register_forward_pre_hook(lambda module, args: asked.append(args[1]))
+    t = torch.tensor([0.0, 0.3021, task.horizon, 1.0])
+    policy(t, torch.randn(4, 4, 8, 8), prompts(torch.arange(4)))
+    torch.testing.assert_close(asked[0], 1000 * task.s(t) - 1)
+    torch.testing.assert_close(asked[0], torch.tensor([999.0, 696.9, 0.0, 0.0]), rtol=0, atol=1e-9)
+
+
+def test_conditions_are_picked_like_tensors(pipeline: StableDiffusionPipeline) -> None:
+    prompts = Prompts.encode(pipeline, PROMPTS)
+    text, empty = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
+    cond = prompts(torch.tensor([4, 3, 2]))
+    assert cond.texts == ["hare", "a red fox", "an owl"]
+    for piece in (slice(1, 3), torch.tensor([2, 0, 0])):
+        torch.testing.assert_close(cond[piece].embeds, text[[1, 0, 2]][piece])
+        torch.testing.assert_close(cond[piece].empty, empty[[0, 1, 2]][piece])
+        assert cond[piece].texts == [cond.texts[i] for i in torch.arange(3)[piece]]
+        assert len(cond[piece].pooled) == len(cond[piece])
+
+
+# the loop
+
+
+@pytest.mark.parametrize("name", ["network", "stand_in", "structured", "ddpo"])
+def test_an_epoch(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """The UNet moves; VAE, text encoder and reference do not; the reward reported is that of the decoded latents."""
+    policy, prompts = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS)
+    reference, differentiable = policy.frozen(), name == "structured"
+    reward = Decoded(pipeline.vae, Brightness(not differentiable), differentiable=differentiable, chunk=3)
+    task = problem(reference, reward, beta=0.1)
+    critic = {
+        "network": lambda: NetworkCritic(task, Value(4, prompts.width, 8)),
+        "stand_in": lambda: structured(task, prompts, stand_in=True),
+        "structured": lambda: structured(task, prompts),
+        "ddpo": lambda: None,
+    }[name]()
+    algorithm: Algorithm = DDPO(passes=1, nodes=12) if name == "ddpo" else ACTOR_CRITIC
+    frozen: list[nn.Module] = [pipeline.vae, pipeline.text_encoder, reference]
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (*frozen, policy)]
+    found: dict[str, Tensor] = {}
+    chosen = settings(solver=DDIM()) if name == "ddpo" else settings()
+    result = fit(
+        task, policy, algorithm, critic=critic, conditions=prompts, settings=chosen, callbacks=[ends(pipeline, found)]
+    )
+    (metrics,) = result.history
+    assert all(torch.isfinite(torch.tensor(float(v))) for v in metrics.values())
+    assert metrics["kl"] == 0 and metrics["policy_grad_norm"] > 0
+    assert found["reward"].std() > 0.1
+    torch.testing.assert_close(torch.tensor(metrics["reward"]), found["reward"].mean())
+    for module, old in zip(frozen, before, strict=False):
+        assert all(torch.equal(v, old[k]) for k, v in module.state_dict().items())
+        assert module is pipeline.text_encoder or not any(p.requires_grad for p in module.parameters())
+    assert all(not torch.equal(v, before[-1][k]) for k, v in policy.state_dict().items())
+
+
+def test_black_box_needs_a_stand_in(pipeline: StableDiffusionPipeline) -> None:
+    prompts, policy = Prompts.encode(pipeline, PROMPTS), Score.of(pipeline)
+    task = problem(policy.frozen(), Decoded(pipeline.vae, Brightness(True)), beta=0.1)
+    with pytest.raises(ValueError, match="not differentiable"):
+        fit(task, policy, ACTOR_CRITIC, critic=structured(task, prompts), conditions=prompts, settings=settings())
+
+
+def test_scale_only_supplies() -> None:
+    """No class here is a problem, an algorithm, a critic, a noising or a solver: those are the core's, unchanged."""
+    ours = [c for _, c in inspect.getmembers(scale.diffusion, inspect.isclass) if c.__module__ == "scale.diffusion"]
+    assert len(ours) >= 5
+    assert not [c for c in ours if issubclass(c, Problem | Algorithm | Critic | Noising | Solver)]
+
+
+def gradients(result: Result) -> list[Tensor]:
+    """Of the last update of policy and critic."""
+    assert isinstance(result.critic, nn.Module)
+    return [p.grad for m in (result.policy, result.critic) for p in m.parameters() if p.grad is not None]
+
+
+def assert_same_gradients(one: Result, other: Result, tolerance: float) -> None:
+    pairs = list(zip(gradients(one), gradients(other), strict=True))
+    assert len(pairs) > 100
+    largest = max(float(a.norm()) for a, _ in pairs)
+    assert largest > 0
+    assert max(float((a - b).norm()) for a, b in pairs) < tolerance * largest
+
+
+def test_micro_batches_change_nothing(folder: Path) -> None:
+    whole = train(tiny(folder), micro_batch=8, max_grad_norm=float("inf"))
+    parts = train(tiny(folder), micro_batch=2, max_grad_norm=float("inf"))
+    assert_same_gradients(whole, parts, 1e-6)
+
+
+def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
+    """Of the policy's loss, and of grad_x V, which runs through the reference, checkpointed like the policy."""
+    results, counts = [], []
+    for checkpointing in (False, True):
+        pipeline, calls = tiny(folder), []
+        pipeline.unet.mid_block.resnets[-1].register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        results.append(train(pipeline, checkpointing=checkpointing, max_grad_norm=float("inf")))
+        counts.append(len(calls))
+    assert counts[1] > counts[0], "nothing was computed a second time: checkpointing was not on"
+    assert_same_gradients(*results, 1e-6)
+
+
+def test_the_trained_unet_goes_back_into_the_pipeline(folder: Path, tmp_path: Path) -> None:
+    pipeline = tiny(folder)
+    result = train(pipeline, DDPO(passes=1, nodes=12), solver=Exponential(), ema=0.5)
+    start = torch.randn(2, 4, 8, 8)
+
+    def draw(pipeline: StableDiffusionPipeline) -> Tensor:
+        return pipeline(PROMPTS[:2], num_inference_steps=3, latents=start, output_type="pt").images
+
+    assert isinstance(result.policy, Score) and isinstance(result.ema, Score)
+    assert pipeline.unet is result.policy.unet
+    images = []
+    for trained in (result.policy, result.ema):
+        pipeline.unet = trained.unet
+        images.append(draw(pipeline))
+        pipeline.save_pretrained(tmp_path / "tuned")
+        again = tiny(tmp_path / "tuned")
+        for name in ("unet", "vae", "text_encoder"):
+            kept = getattr(pipeline, name).state_dict()
+            assert all(torch.equal(v, kept[k]) for k, v in getattr(again, name).state_dict().items())
+        torch.testing.assert_close(draw(again), images[-1], rtol=0, atol=1e-12)
+    images.append(draw(tiny(folder)))
+    assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
