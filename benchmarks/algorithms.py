@@ -48,6 +48,7 @@ from toy.scoreboard import reference_regret, score
 
 NAME = "algorithms"
 TRAJECTORIES = 10_240
+FINAL = 4096  # trajectories of the last score
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def run(job: Job) -> Row:
         result = fit(problem, policy, method.algorithm(), critic=critic, settings=settings, callbacks=[watch])
     except ValueError as failure:
         return {**asdict(job), "failed": str(failure)}
-    final = score(entry, policy, critic if "critic_loss" in result.history[-1] else None, samples=4096, steps=100)
+    final = score(entry, policy, critic if "critic_loss" in result.history[-1] else None, samples=FINAL, steps=100)
     gradient = final.critic_gradient_error
     last = result.history[-1]
     return {

@@ -7,6 +7,9 @@ gaussian   N(mean, L L'), policies                        noise     randomness k
 grids      times and quadrature weights                   solvers   one step each
 rollout    simulate -> Trajectory                         regularize  path KL, chain KL
 value      critics                                        qvalue    advantage rate, greedy policy, residuals
+gradient   policy gradients from trajectories             evaluation  targets for critics
+fit        the training loop                              algorithms  one short file each
+replay     what learners see of trajectories              checkpoint  how a run goes on
 bridge     to torchsde and back                           estimate  standard errors, z-scores, orders
 """
 
@@ -21,7 +24,7 @@ from ctrl.qvalue import advantage_rate, greedy, greedy_policy, martingale_residu
 from ctrl.regularize import chain_kl, kl_rate, path_kl
 from ctrl.rollout import Trajectory, rollout
 from ctrl.solvers import DDIM, EulerMaruyama, Exact, Exponential, Heun, LinearStep, Multistep2, Solver
-from ctrl.value import COSINE, LINEAR, Critic, Skip, StructuredCritic
+from ctrl.value import COSINE, LINEAR, Critic, NetworkCritic, Skip, StructuredCritic
 
 __all__ = [
     "COSINE",
@@ -43,6 +46,7 @@ __all__ = [
     "Matrix",
     "Mean",
     "Multistep2",
+    "NetworkCritic",
     "Noise",
     "Noising",
     "Problem",

@@ -25,12 +25,13 @@ from tqdm.auto import tqdm
 
 from ctrl import checkpoint, grids
 from ctrl.algorithms.base import Algorithm
+from ctrl.gaussian import GaussianPolicy
 from ctrl.grids import node_weights
 from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
-from ctrl.rollout import concatenate, rollout
+from ctrl.rollout import batch_times, concatenate, rollout
 from ctrl.solvers import Heun, Solver
 from ctrl.value import Critic
 
@@ -61,7 +62,7 @@ class Settings:
         grid: grid(problem, steps) -> (N+1,) times.
         jitter: how far, in steps, the interior times move at random each epoch, so that a continuous-time policy is
             trained at all times; below ½, and 0 for a fixed grid.
-        lr, critic_lr: learning rates of the two optimisers.
+        lr, critic_lr: learning rates of the two optimisers; the policy's is the smaller, so that the critic keeps up.
         optimizer: optimizer(parameters, lr=) -> torch.optim.Optimizer.
         schedule: the factor on the learning rates as a function of the fraction of the run that is done.
         max_grad_norm: gradients longer than this are shortened to it.
@@ -80,7 +81,7 @@ class Settings:
     solver: Solver = field(default_factory=Heun)
     grid: Callable[[Any, int], Tensor] = grids.natural
     jitter: float = 0.4
-    lr: float = 6e-3
+    lr: float = 3e-3
     critic_lr: float = 6e-3
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     schedule: Callable[[float], float] = linear_decay
@@ -164,6 +165,7 @@ class Run:
         self.ema = copy.deepcopy(policy).requires_grad_(False) if settings.ema else None
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
         self.epoch = 0
+        # a network call is policy, reference or critic at one node; an optimiser step counts each of its nodes once
         self.counts = {"trajectories": 0, "network_calls": 0, "reward_calls": 0}
         self.history: list[dict[str, Any]] = []
         self._logged: dict[str, list[float]] = {}
@@ -235,26 +237,41 @@ class Run:
     # what an algorithm may ask for
 
     def at_nodes(self, f: Callable[[Tensor, Tensor, Any], Tensor], batch: Batch, samples: int | None = None) -> Tensor:
-        """f(t, x, cond) at every node of a batch, (N+1, B, ...), without a graph, `settings.batch` at a time. samples:
-        how many the batch has over all processes, if not an epoch's."""
+        """f(t, x, cond) at every node of a batch, (N+1, B, ...), without a graph. samples: how many the batch has over
+        all processes, if not an epoch's."""
         t, x, ids = batch.trajectory.flat()
+        self.counts["network_calls"] += (samples or self.settings.samples) * (batch.steps + 1)
+        return self._evaluate(f, t, x, ids).unflatten(0, (batch.steps + 1, batch.samples))
+
+    def _evaluate(self, f: Callable[[Tensor, Tensor, Any], Tensor], t: Tensor, x: Tensor, ids: Tensor) -> Tensor:
+        """f(t, x, cond), `settings.batch` at a time."""
         parts = []
         for i in range(0, len(t), self.settings.batch):
             piece = slice(i, i + self.settings.batch)
             with torch.no_grad(), self.accelerator.autocast():
                 parts.append(f(t[piece], x[piece], self.conditions(ids[piece])).to(x.dtype))
-        self.counts["network_calls"] += (samples or self.settings.samples) * (batch.steps + 1)
-        return torch.cat(parts).unflatten(0, (batch.steps + 1, batch.samples))
+        return torch.cat(parts)
 
     def lay_actions(self) -> None:
-        """Beside the newest batch: a_old, what the policy did at each node, and a_ref, what the reference would do."""
+        """Beside the newest batch: a_old, what the policy did at each node (its mean, if it explores), and a_ref, what
+        the reference would do."""
         batch = self.replay.batches[-1]
         batch.lay("a_ref", self.at_nodes(self.problem.reference, batch))
-        batch.lay("a_old", self.at_nodes(self.policy, batch))
+        batch.lay("a_old", self._acted(batch))
         t, _, _ = batch.trajectory.flat()
         rate = kl_rate(self.problem, t, batch.fields["a_old"].flatten(0, 1), batch.fields["a_ref"].flatten(0, 1))
         w = node_weights(batch.trajectory.w).to(rate)
         self.log("kl", (w[:, None] * rate.view(len(w), -1)).sum(0))
+
+    def _acted(self, batch: Batch) -> Tensor:
+        """The policy at the nodes, (N+1, B, *D'): as the rollout recorded it, and at the last node, where it did not
+        act."""
+        path = batch.trajectory
+        if path.a is None or isinstance(self.algorithm.behaviour(self.policy), GaussianPolicy):
+            return self.at_nodes(self.policy, batch)
+        self.counts["network_calls"] += self.settings.samples
+        t = batch_times(path.t[-1:], path.x.dtype, batch.samples)[0]
+        return torch.cat([path.a, self._evaluate(self.policy, t, path.x[-1], path.ids)[None]])
 
     def nodes(self, batch: Batch, k: range) -> Nodes:
         """All of a batch's nodes k, node by node."""

@@ -41,7 +41,7 @@ def natural(problem: Problem, steps: int) -> Tensor:
 
 def jitter(times: Tensor, shift: Tensor) -> Tensor:
     """Move each interior node by `shift`, (N-1,) in (-½, ½), of the step on the side it moves to; the ends stay."""
-    if shift.shape != (len(times) - 2,) or bool((shift.abs() >= 0.5).any()):
+    if shift.shape != (len(times) - 2,) or not bool((shift.abs() < 0.5).all()):
         raise ValueError(f"shift must hold {len(times) - 2} numbers in (-1/2, 1/2)")
     step = times.diff()
     moved = times.clone()

@@ -89,7 +89,7 @@ def at_steps(plan: list[Any], k: Tensor) -> Any:
         if isinstance(values[0], Scalar):
             return Scalar(column([v.c for v in values]))
         if isinstance(values[0], Matrix):
-            return Matrix(torch.stack([v.m for v in values])[k])
+            return Matrix(torch.stack([v.m for v in values]).to(k.device)[k])
         stacked = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values, dtype=torch.float64)
         return stacked.to(k.device)[k]
 

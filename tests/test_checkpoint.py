@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from test_fit import ACTOR_CRITIC, Untouched, fresh_engine, interrupted, models, stop, train  # noqa: F401
 
 from ctrl import Multistep2, checkpoint
-from ctrl.algorithms import DDPO
+from ctrl.algorithms import DDPO, KLBudget
 from toy import catalogue
 
 CASES = {
     "actor-critic": {"algorithm": dataclasses.replace(ACTOR_CRITIC, keep=4), "ema": 0.9},
     "ddpo": {"algorithm": DDPO(nodes=64), "solver": Multistep2()},
+    "kl budget": {"algorithm": KLBudget(ACTOR_CRITIC, nats=0.5)},
     "conditions": {"name": "mixture-2d-conditional", "ema": 0.5, "samples": 10},
 }
 every = pytest.mark.parametrize("name", CASES)

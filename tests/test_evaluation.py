@@ -36,7 +36,7 @@ from ctrl import (
     rollout,
     z_bound,
 )  # fmt: skip
-from ctrl.evaluation import increments, policy_slope, soft_cost, targets
+from ctrl.evaluation import increments, martingale, policy_slope, soft_cost, targets
 from tests.strategies import SEEDS, gaussians, normal, states
 from toy import catalogue
 from toy.lq import LQ, LinearPolicy, LQProblem, QuadraticValue, constant
@@ -435,6 +435,19 @@ def test_the_trace_decays_with_time_not_with_steps(trace, steps, seed):
         integral = T * -math.expm1(-trace) / trace
         slack = float(times.diff().max()) * -math.expm1(-trace)
         assert -1e-12 < float(spent) - integral < slack
+
+
+@pytest.mark.parametrize("name", ["lq-4d", "gaussian-16d"])
+def test_martingale_by_hand(name):
+    """sqrt(clock_{k+1} - clock_k) <L'p_k, xi_k>, a full L and a varying clock; the last p has no weight."""
+    problem = catalogue.get(name).problem
+    times = UNEVEN / 2 * problem.horizon
+    path = rollout(problem, problem.reference, times, Noise(0), torch.arange(3))
+    p = normal(torch.Generator().manual_seed(0), *path.x.shape)
+    L = problem.S if name == "lq-4d" else problem.eta * torch.eye(16)
+    spread = problem.clock(times).diff().sqrt()[:, None]
+    by_hand = spread * torch.einsum("kbi,ij,kbj->kb", p[:-1], L, path.xi)
+    torch.testing.assert_close(martingale(problem, path, p), by_hand)
 
 
 # ------------------------------------------------------------------------------------------ costs, precision, refusals

@@ -18,7 +18,7 @@ from torch import nn
 
 import ctrl.algorithms
 from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, StructuredCritic, grids, path_kl
-from ctrl.algorithms import DDPO, ActorCritic, Algorithm
+from ctrl.algorithms import DDPO, ActorCritic, Algorithm, PathConsistency
 from ctrl.fit import Settings, fit, linear_decay
 from toy import catalogue
 from toy.networks import Policy, Value
@@ -117,6 +117,7 @@ CASES = {
     "actor-critic": {"ema": 0.5},
     "actor-critic, 23 samples": {"samples": 23, "batch": 5, "micro_batch": 7},
     "ddpo, 23 samples": {"algorithm": DDPO(nodes=64), "samples": 23, "solver": Multistep2()},
+    "whole trajectories": {"algorithm": PathConsistency(updates=3, paths=16, keep=2), "samples": 23, "epochs": 2},
     "conditions, hands of 3 nodes": {
         "name": "mixture-2d-conditional", "algorithm": dataclasses.replace(ACTOR_CRITIC, nodes=3),
         "samples": 10, "optimizer": functools.partial(torch.optim.AdamW, weight_decay=1.0),
@@ -309,13 +310,13 @@ def test_one_step_and_one_sample():
 
 
 def test_metrics_by_hand():
-    """Two epochs with Heun (two calls a step), 24 samples, 6 steps, hands of 64, all epochs kept: rollouts, a_ref and
-    a_old of the new batch, a and V of each batch in store, and one call for a node of each optimiser step."""
+    """Two epochs with Heun (two calls a step), 24 samples, 6 steps, hands of 64, both kept: rollouts, the last action,
+    a_ref and V of the new batch, a and V of the old one, and one call for a node of each optimiser step."""
     first, second = train(epochs=2).result.history
     nodes, rollout, updates = 24 * 7, 24 * 6 * 2, (3 + 3) * 64
-    calls = rollout + 2 * nodes + 2 * nodes + updates
-    assert first["network_calls"] == calls
-    assert second["network_calls"] == calls + rollout + 2 * nodes + 2 * 2 * nodes + updates
+    epoch = rollout + 24 + 2 * nodes + updates
+    assert first["network_calls"] == epoch
+    assert second["network_calls"] == 2 * epoch + 2 * nodes
     assert (first["epoch"], second["epoch"]) == (1, 2)
     for name in ("trajectories", "reward_calls"):
         assert (first[name], second[name]) == (24, 48)
@@ -401,7 +402,8 @@ def test_bfloat16():
     torch.set_default_dtype(torch.float32)
     seen = []
     built = models()
-    built[0].network.layers[0].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
+    for network in (built[0].network, built[1].network.network):
+        network.layers[0].register_forward_hook(lambda module, x, y: seen.append(y.dtype))
     run = train(built=built, epochs=1, ema=0.5, accelerator=Accelerator(mixed_precision="bf16"))
     assert set(seen) == {torch.bfloat16}
     assert run.paths[0].x.dtype == run.paths[0].reward.dtype == torch.float32

@@ -12,12 +12,6 @@ from toy import catalogue
 from toy.networks import Perceptron, Policy, Value
 
 every = pytest.mark.parametrize("name", catalogue.NAMES)
-CONDITIONAL = pytest.mark.xfail(raises=RuntimeError, reason="Policy asks the reference for its shape without a class")
-every_policy = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=CONDITIONAL) if name.endswith("conditional") else name for name in catalogue.NAMES],
-)
-
 
 def inputs(name, n=6):
     """t over the whole horizon, ends included; x, cond and a_ref there."""
@@ -34,7 +28,7 @@ def wake(module):
     return module
 
 
-@every_policy
+@every
 def test_a_policy_starts_as_the_reference(name):
     """a = a_ref(t, x, cond) before training, exactly, and in the actions' own dimension; not so once it has moved."""
     problem, t, x, cond, a_ref = inputs(name)
@@ -44,7 +38,7 @@ def test_a_policy_starts_as_the_reference(name):
     assert moved.shape == a_ref.shape and bool((moved != 0).all())
 
 
-@every_policy
+@every
 def test_a_policy_can_be_rolled_out(name):
     """The reference's trajectories at first."""
     entry, ids = catalogue.get(name), torch.arange(4)
@@ -56,7 +50,6 @@ def test_a_policy_can_be_rolled_out(name):
     assert torch.equal(paths[0].x, paths[1].x)
 
 
-@CONDITIONAL
 def test_a_policy_of_a_class_starts_from_its_guess():
     """Two classes at one state differ by the reference and by what the network makes of x0hat under it."""
     problem, t, x, cond, a_ref = inputs("mixture-2d-conditional")
@@ -78,7 +71,7 @@ def test_a_value_starts_at_zero(name):
     assert bool((value(t, x, guess + 1) != F).all()) != name.startswith("lq")  # where there is no guess but x
 
 
-@every_policy
+@every
 @pytest.mark.parametrize("hidden", [8, 64])
 def test_features_are_finite_at_both_ends(name, hidden):
     """The input of the first layer, on the whole horizon and a rounding beyond, is finite and of order one; so are the
@@ -101,7 +94,7 @@ def test_features_are_finite_at_both_ends(name, hidden):
     assert float(features[:, d * (1 + diffusion) :].abs().max()) < 3
 
 
-@every_policy
+@every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("time", [torch.float32, torch.float64])
 def test_precision(name, dtype, time):
@@ -117,7 +110,7 @@ def test_precision(name, dtype, time):
 def test_a_module_made_in_float32_stays_there():
     """The default dtype is that of the machine in production."""
     torch.set_default_dtype(torch.float32)
-    problem, t, x, cond, a_ref = inputs("mixture-2d")
+    problem, t, x, _, _ = inputs("mixture-2d")
     policy = Policy(problem)
     assert {w.dtype for w in policy.parameters()} == {torch.float32}
     x = x.float()
@@ -138,7 +131,7 @@ def test_perceptron_by_hand():
     torch.testing.assert_close(network(t, x, x), h @ linear[-1].weight.mT + linear[-1].bias)
 
 
-@every_policy
+@every
 def test_networks_are_trained_whole(name):
     """Every parameter of a policy and of a value has a gradient once the last layer is awake."""
     problem, t, x, cond, _ = inputs(name)

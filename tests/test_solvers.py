@@ -244,8 +244,9 @@ GAUSSIAN_STEPS = [EulerMaruyama(), EulerMaruyama(left_noise=True), Exponential()
 
 
 def step_by_step(problem, policy, solver, dtype=torch.float64):
-    """A trajectory, its solver's plan, and the law of every x_{k+1} given the past, one node after the other."""
-    times = grids.natural(problem, 7)
+    """A trajectory on an uneven grid, its solver's plan, and the law of every x_{k+1} given the past, one node after
+    the other."""
+    times = grids.jitter(grids.natural(problem, 7), torch.linspace(-0.4, 0.3, 6))
     path = rollout(problem, policy, times, Noise(1), torch.arange(5), solver=solver, dtype=dtype)
     plan, memory, laws = solver.plan(problem, times), None, []
     for k, c in enumerate(plan):

@@ -29,7 +29,7 @@ from ctrl.noise import INITIAL, Noise
 from ctrl.noising import Noising
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
-from toy.lq import LQ, Array, Coefficients, LinearPolicy
+from toy.lq import LQ, Array, Coefficients, LinearPolicy, remembered
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class GaussianDiffusion:
 
         start = self.initial
         return LQ(
-            at,
+            remembered(at),
             G=self.reward.G.numpy(),
             h=self.reward.h.numpy(),
             r0=self.reward.r0,

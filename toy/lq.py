@@ -119,6 +119,19 @@ class Coefficients:
         return Coefficients(*(getattr(self, f.name)[i] for f in dataclasses.fields(self)))
 
 
+def remembered(at: Callable[[Array], Coefficients]) -> Callable[[Array], Coefficients]:
+    """`at`, with its last answer kept: an ODE's right-hand side asks for the same time again and again."""
+    last: list[tuple[bytes, Coefficients]] = []
+
+    def asked(t: Array) -> Coefficients:
+        key = t.tobytes()
+        if not last or last[0][0] != key:
+            last[:] = [(key, at(t))]
+        return last[0][1]
+
+    return asked
+
+
 @dataclass(frozen=True)
 class LQ:
     """A linear-quadratic problem: coefficients `at` times (n,), terminal reward, initial law N(mean0, cov0)."""

@@ -41,7 +41,7 @@ class Policy(nn.Module):
     def __init__(self, problem: Problem, hidden: int = 64) -> None:
         super().__init__()
         self.problem = problem
-        actions = problem.reference(torch.zeros(1), torch.zeros(1, *problem.shape), None).shape[1]
+        actions = problem.control(torch.zeros(1)).adjoint(torch.zeros(1, *problem.shape)).shape[1]
         self.network = Perceptron(problem, actions, hidden)
 
     def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from ctrl.solvers import Exponential, Heun, Solver
 from ctrl.value import Critic
 from toy.catalogue import Entry
 from toy.gaussian import GaussianDiffusion, GaussianLaw, QuadraticReward
-from toy.lq import Array, LinearPolicy
+from toy.lq import Array, LinearPolicy, QuadraticValue
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,13 @@ def _regret_rate(problem: Problem, t: Tensor, a: Tensor, best: Tensor) -> Tensor
 # the check
 
 
+THETA = (-0.3, 0.6)
+
+
 class Perturbed(nn.Module):
     """s_ref + theta_0 (t/T) x + theta_1: a policy that is not optimal, with two parameters."""
 
-    def __init__(self, problem: Problem, theta: tuple[float, float] = (-0.3, 0.6)) -> None:
+    def __init__(self, problem: Problem, theta: tuple[float, float] = THETA) -> None:
         super().__init__()
         self.problem = problem
         self.theta = nn.Parameter(torch.tensor(theta, dtype=torch.float64))
@@ -184,21 +188,20 @@ def check(
     The problem is a Gaussian in three dimensions under `Perturbed`, on which J, V, grad J and KL are exact. An estimate
     is right within 5 standard errors plus 3 % for the discretization of `steps` steps.
     """
-    exact = _gaussian()
+    exact, linear, value, gradients = _exact()
     problem = exact.problem
     policy = Perturbed(problem)
-    linear: LinearPolicy = exact.perturbed(*policy.theta.tolist())
     settings = Settings(
         samples=samples, steps=steps, solver=solver or Heun(), jitter=0.0, progress=False, batch=1 << 20,
         micro_batch=1 << 20,
     )  # fmt: skip
     try:
-        algorithm.check(problem, settings.solver, exact.lq.value(linear))
+        algorithm.check(problem, settings.solver, value)
     except ValueError:
         if solver is not None:
             raise
         settings = dataclasses.replace(settings, solver=Exponential())
-    run = _Probe(problem, policy, algorithm, exact.lq.value(linear), None, settings, Accelerator())
+    run = _Probe(problem, policy, algorithm, value, None, settings, Accelerator())
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
@@ -209,7 +212,15 @@ def check(
         kl = Estimate.of(algorithm.kl(problem, path, policy).detach())
     finally:
         torch.set_default_dtype(before)
-    return [_judge_gradient(gradient, _exact_gradients(exact, linear)), _judge_kl(kl, exact.lq.path_kl(linear), steps)]
+    return [_judge_gradient(gradient, gradients), _judge_kl(kl, exact.lq.path_kl(linear), steps)]
+
+
+@cache
+def _exact() -> tuple[GaussianDiffusion, LinearPolicy, QuadraticValue, dict[str, Tensor]]:
+    """The problem, the policy, its value, and grad J with what it becomes under the usual mistakes."""
+    exact = _gaussian()
+    linear = exact.perturbed(*THETA)
+    return exact, linear, exact.lq.value(linear), _exact_gradients(exact, linear)
 
 
 def _gaussian() -> GaussianDiffusion:
@@ -247,7 +258,7 @@ def _exact_gradients(exact: Any, policy: LinearPolicy) -> dict[str, Tensor]:
         "it has the wrong sign": -whole,
         "the derivative of the KL's own rate is missing (a KL under no_grad?)": whole - price,
         "KL has no part in it": whole - kl,
-        "KL enters with the wrong sign": whole - 2 * kl,
+        "the derivative of the KL's own rate has the wrong sign": whole - 2 * price,
         "it is a mean over dimensions where a sum belongs": whole / len(exact.mu),
         "its reward part is a mean over dimensions where a sum belongs": (whole - price) / len(exact.mu) + price,
         "its KL part is a mean over dimensions where a sum belongs": whole - price + price / len(exact.mu),

@@ -61,7 +61,8 @@ class ActorCritic(Algorithm):
 
     def targets(self, run: Run, batch: Batch) -> Tensor:
         """What the critic is to be at each node, (N+1, B)."""
-        a, a_ref = run.at_nodes(run.policy, batch), batch.fields["a_ref"]
+        newest, a_ref, a_old = batch is run.replay.batches[-1], batch.fields["a_ref"], batch.fields["a_old"]
+        a = a_old if newest else run.at_nodes(run.policy, batch)  # nothing has moved since it acted
         if self.critic_control:
             p = run.at_nodes(run.critic.grad, batch)
         else:
@@ -70,7 +71,7 @@ class ActorCritic(Algorithm):
         value = run.at_nodes(run.critic.value, batch) if self.trace else None
         _, _, ids = batch.trajectory.flat()
         cond = run.conditions(ids)
-        steps = increments(run.problem, batch.trajectory, a, a_ref, batch.fields["a_old"], p, cond)
+        steps = increments(run.problem, batch.trajectory, a, a_ref, a_old, p, cond)
         return targets(run.problem, batch.trajectory, value, steps, self.trace)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:

@@ -62,6 +62,8 @@ class PathConsistency(Algorithm):
         for batch in run.deal_paths(self.updates, paths):
             if batch.samples:
                 self.lay_residuals(run, batch, paths)
+            else:  # what the other processes call
+                run.counts["network_calls"] += 2 * paths * (batch.steps + 1)
             nodes, size = run.nodes(batch, range(batch.steps + 1)), paths * (batch.steps + 1)
             run.update("policy", lambda n: policy_loss(run.problem, run.policy, n), nodes, size)
             run.update("critic", lambda n: critic_loss(run.critic, n), nodes, size)

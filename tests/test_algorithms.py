@@ -1,0 +1,282 @@
+"""Algorithms against exact answers: what the first update of an epoch is at fixed parameters, and where they end."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from scipy.integrate import quad
+from torch import Tensor, nn
+
+from ctrl import (
+    COSINE,
+    Critic,
+    Estimate,
+    Heun,
+    Mean,
+    Noise,
+    Problem,
+    Solver,
+    StructuredCritic,
+    grids,
+    rollout,
+    z_bound,
+)  # fmt: skip
+from ctrl.algorithms import (
+    DDPO,
+    ActorCritic,
+    AdjointMatching,
+    Algorithm,
+    GaussianNetwork,
+    KLBudget,
+    PathConsistency,
+    PolicyIteration,
+    PPOClip,
+    PPOPenalty,
+    QLearning,
+)  # fmt: skip
+from ctrl.fit import Run, Settings, fit
+from ctrl.linop import dot
+from toy import catalogue
+from toy.lq import LQ, LinearPolicy
+
+# ------------------------------------------------------------------------------------------ at fixed parameters
+
+WIDTH = 1.4
+"""Of an exploring policy, over the optimum's."""
+
+
+class Tilted(nn.Module):
+    """a = base(t, x) + (k + theta_1) + (K + theta_2) (t/T) x, at theta = 0."""
+
+    def __init__(self, base: Mean, K: float, k: float, horizon: float) -> None:
+        super().__init__()
+        self.base, self.K, self.k, self.horizon = base, K, k, horizon
+        self.theta = nn.Parameter(torch.zeros(2))
+
+    def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        u = (t / self.horizon)[:, None]
+        return self.base(t, x, cond) + self.k + self.theta[0] + (self.K + self.theta[1]) * u * x
+
+
+@dataclass(frozen=True)
+class Case:
+    """A problem in one dimension, a policy base + K (t/T) x + k, and its exact value and grad J."""
+
+    problem: Problem
+    lq: LQ
+    base: LinearPolicy
+    mean: Mean
+    """The base as the problem has it."""
+    K: float = 0.0
+    k: float = 0.0
+
+    def policy(self, explores: bool) -> nn.Module:
+        tilted = Tilted(self.mean, self.K, self.k, self.problem.horizon)
+        return GaussianNetwork(self.problem, tilted, degree=1, width=WIDTH) if explores else tilted
+
+    def linear(self, explores: bool) -> LinearPolicy:
+        gamma, T = self.problem.gamma * (WIDTH**2 if explores else 1), self.lq.horizon
+        return LinearPolicy(
+            lambda t: self.base.K(t) + self.K * (t / T)[:, None, None],
+            lambda t: self.base.k(t) + self.k,
+            (lambda t: gamma * np.linalg.inv(self.lq.at(t).R)) if gamma else None,
+        )
+
+    def value(self, explores: bool) -> Critic:
+        return self.lq.value(self.linear(explores))
+
+    def grad_J(self, explores: bool) -> Tensor:
+        features = LinearPolicy(
+            lambda t: np.stack([0 * t, t / self.lq.horizon], 1)[..., None, None],
+            lambda t: np.stack([1 + 0 * t, 0 * t], 1)[..., None],
+        )
+        means = self.lq.grad_J(self.linear(explores), features)
+        return torch.tensor([*(self.grad_width() if explores else ()), *means])
+
+    def grad_width(self) -> list[float]:
+        """dJ/dc_j for the covariance e^{2 (c_0 + c_1 t/T)} gamma/R: only entropy and the price of exploring see it."""
+        rho, T = self.lq.discount, self.lq.horizon
+        rate = self.lq.gamma * (1 - WIDTH**2)
+        return [rate * quad(lambda t, j=j: math.exp(-rho * t) * (t / T) ** j, 0, T)[0] for j in (0, 1)]
+
+
+def case(name: str) -> Case:
+    """"PROBLEM", off its optimum; "PROBLEM at its reference"; "PROBLEM at its optimum"."""
+    entry = catalogue.get(name.partition(" ")[0])
+    problem, lq = entry.problem, entry.exact.exact if name.startswith("lq") else entry.exact.lq
+    if name.startswith("lq"):
+        problem, lq = (dataclasses.replace(p, discount=0.4) for p in (problem, lq))
+    elif "exploring" in name:
+        problem, lq = (dataclasses.replace(p, gamma=0.3) for p in (problem, lq))
+    if "optimum" in name:
+        return Case(problem, lq, lq.optimal_policy(), lq.optimal_policy())
+    at_rest = Case(problem, lq, lq.reference, problem.reference)
+    return at_rest if "reference" in name else dataclasses.replace(at_rest, K=-0.3, k=0.6)
+
+
+class Recorder(Run):
+    """A run that notes the gradient of the first policy update of each epoch."""
+
+    first: Tensor | None = None
+
+    def step_epoch(self) -> dict[str, Any]:
+        self.first = None
+        return super().step_epoch()
+
+    def update(self, name: str, *args: Any) -> None:
+        super().update(name, *args)
+        if name == "policy" and self.first is None:
+            self.first = torch.cat([p.grad.flatten() for p in self.policy.parameters()])
+
+
+def first_gradients(
+    algorithm: Algorithm, case: Case, steps: int, epochs: int, samples: int, solver: Solver, seed: int
+) -> Tensor:
+    """An estimate of grad J an epoch, (epochs, J), at fixed parameters and with the exact critic of the policy."""
+    explores = isinstance(algorithm, QLearning)
+    settings = Settings(
+        epochs=epochs, samples=samples, steps=steps, solver=solver, lr=0.0, max_grad_norm=math.inf, seed=seed,
+        optimizer=torch.optim.SGD, progress=False,
+    )  # fmt: skip
+    critic = case.value(explores)
+    run = Recorder(case.problem, case.policy(explores), algorithm, critic, None, settings, Accelerator(cpu=True))
+    grads = []
+    for _ in range(epochs):
+        run.step_epoch()
+        grads.append(-run.first)
+    return torch.stack(grads)
+
+
+# ------------------------------------------------------------------------------------------ where they end
+
+
+class Linear(nn.Module):
+    """<c, features(t, x)>, features T_j(2t/T - 1) x^i/i!, made orthonormal on the states of the reference: learning
+    rates and numbers of steps then mean the same for all of them."""
+
+    def __init__(self, problem: Problem, order: int, weight: Callable[[Tensor], Tensor], degree: int = 7) -> None:
+        super().__init__()
+        self.problem, self.order, self.degree, self.mixing = problem, order, degree, torch.eye((degree + 1) * order)
+        path = rollout(problem, problem.reference, grids.natural(problem, 20), Noise(0), torch.arange(500))
+        t, x, _ = path.flat()
+        features = weight(t)[:, None] * self.features(t, x)
+        self.mixing = torch.linalg.inv(torch.linalg.qr(features / len(t) ** 0.5).R)
+        self.c = nn.Parameter(torch.zeros(len(self.mixing)))
+
+    def features(self, t: Tensor, x: Tensor) -> Tensor:
+        u = (2 * t / self.problem.horizon - 1).clamp(-1, 1)
+        of_t = torch.cos(torch.arange(self.degree + 1) * torch.arccos(u)[:, None])
+        of_x = torch.cat([torch.ones_like(x), x, x.square() / 2], 1)[:, : self.order]
+        return (of_t[:, :, None] * of_x[:, None]).flatten(1) @ self.mixing
+
+    def forward(self, t: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        return self.features(t, x) @ self.c
+
+
+class Affine(nn.Module):
+    """a = a_ref + K(t) x + k(t)."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        self.problem = problem
+        self.shift = Linear(problem, 2, lambda t: dot(ones := torch.ones(len(t), 1), problem.penalty(t).apply(ones)).sqrt())
+
+    def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        return self.problem.reference(t, x, cond) + self.shift(t, x)[:, None]
+
+    def gains(self, t: Any) -> tuple[Any, Any]:
+        """K and k, (n,)."""
+        t = torch.from_numpy(t)
+        k, at_1 = (self.shift(t, x * torch.ones(len(t), 1)) for x in (0, 1))
+        return (at_1 - k).numpy(), k.numpy()
+
+
+def quadratic(problem: Problem) -> Critic:
+    """c_skip r(x0hat) + c_out (P(t) x²/2 + p(t) x + z(t))."""
+    weight = lambda t: COSINE.c_out(1 - t / problem.horizon)  # noqa: E731
+    return StructuredCritic(problem, Linear(problem, 3, weight))
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """What is exact about a problem, solved once."""
+
+    here: Case
+
+    @cached_property
+    def policy(self) -> LinearPolicy:
+        return self.here.lq.optimal_policy()
+
+    @cached_property
+    def at_stake(self) -> float:
+        """J* - J_ref."""
+        return self.lost(self.here.base)
+
+    @cached_property
+    def region(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Times, states and V* on the 99 % region of the optimal law, 25 times 41 of them."""
+        moments = self.here.lq.moments(self.policy)
+        t = np.linspace(0, self.here.lq.horizon, 25)
+        mean, sd = moments.mean(t), np.sqrt(moments.covariance(t)[..., 0])
+        x = torch.from_numpy(mean + 2.576 * sd * np.linspace(-1, 1, 41)).reshape(-1, 1)
+        times = torch.from_numpy(t).repeat_interleave(41)
+        return times, x, self.here.lq.optimal_value().value(times, x)
+
+    def lost(self, policy: LinearPolicy) -> float:
+        """J* - J of a policy's mean: E of the integral of ½ e^{-rho t} |a - a*|²_R dt under that policy."""
+        t, w = np.polynomial.legendre.leggauss(40)
+        t, w = (t + 1) / 2 * self.here.lq.horizon, w / 2 * self.here.lq.horizon
+        moments, R = self.here.lq.moments(policy), self.here.lq.at(t).R[:, 0, 0]
+        m, C = moments.mean(t)[:, 0], moments.covariance(t)[:, 0, 0]
+        K, k = ((f(t) - g(t)).reshape(-1) for f, g in ((policy.K, self.policy.K), (policy.k, self.policy.k)))
+        return float(np.sum(w * np.exp(-self.here.lq.discount * t) * R * ((K * m + k) ** 2 + K * K * C) / 2))
+
+    @torch.no_grad()
+    def regret(self, affine: Affine) -> float:
+        """(J* - J)/(J* - J_ref)."""
+        base = self.here.base
+        learned = LinearPolicy(
+            lambda t: base.K(t) + affine.gains(t)[0][:, None, None], lambda t: base.k(t) + affine.gains(t)[1][:, None]
+        )
+        return self.lost(learned) / self.at_stake
+
+    @torch.no_grad()
+    def value_error(self, critic: Critic) -> float:
+        """The largest error of V on the 99 % region, over the range of V* there."""
+        t, x, V = self.region
+        return float((critic.value(t, x) - V).abs().max() / (V.max() - V.min()))
+
+
+@cache
+def optimum(name: str, gamma: float | None = None) -> Optimum:
+    here = case(f"{name} at its reference")
+    if gamma is not None:
+        problem, lq = (dataclasses.replace(p, gamma=gamma) for p in (here.problem, here.lq))
+        here = dataclasses.replace(here, problem=problem, lq=lq)
+    return Optimum(here)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How far from the optimum a run ended."""
+
+    regret: float
+    value_error: float
+    history: list[dict[str, Any]]
+    policy: nn.Module
+
+
+def learn(name: str, algorithm: Algorithm, gamma: float | None = None, **settings: Any) -> Learned:
+    exact = optimum(name, gamma)
+    problem = exact.here.problem
+    affine, critic = Affine(problem), quadratic(problem)
+    policy = GaussianNetwork(problem, affine, width=1.5) if isinstance(algorithm, QLearning) else affine
+    result = fit(problem, policy, algorithm, critic=critic, settings=Settings(progress=False, **settings))
+    return Learned(exact.regret(affine), exact.value_error(critic), result.history, policy)

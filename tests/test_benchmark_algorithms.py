@@ -1,0 +1,90 @@
+"""benchmarks/algorithms.py: a run is scored, kept and not repeated; a user's algorithm is one more method."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import benchmarks.algorithms
+from benchmarks.algorithms import (
+    LEARNABLE,
+    METHODS,
+    AlgorithmOptions,
+    Job,
+    carry_out,
+    draw,
+    first_below,
+    jobs_of,
+    run,
+    summarise,
+)
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.fixture(autouse=True)
+def quick_score(monkeypatch):
+    monkeypatch.setattr(benchmarks.algorithms, "FINAL", 256)
+
+
+def short(method="actor-critic", **changes):
+    return Job(**{"problem": "gaussian-1d", "method": method, "steps": 5, "seed": 0, "trajectories": 512, **changes})
+
+
+def test_a_run_is_scored():
+    row = run(short())
+    assert row["failed"] is None and 0 < row["regret"] < 1 and row["regret_stderr"] < row["regret"]
+    assert row["reward_calls"] == 512 and row["seconds"] > 0
+    curve = json.loads(row["curve"])
+    assert [n for n, _ in curve] == [256, 512] and curve[-1][1] == pytest.approx(row["regret"], rel=0.3)
+    assert row["critic_gradient_error"] is not None
+    assert run(short("ddpo-euler"))["critic_gradient_error"] is None
+
+
+def test_a_users_algorithm_is_one_more_method(tmp_path, monkeypatch):
+    """The README's own example, from a module of its own."""
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Plain" in block)
+    (tmp_path / "mymodule.py").write_text(example.partition("\n\nassert")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    row = run(short("mymodule:Plain", trajectories=1024))
+    assert row["failed"] is None and row["regret"] < 1
+    (job,) = jobs_of(AlgorithmOptions(problem=("gaussian-1d",), method=(), seeds=1, algorithm="mymodule:Plain"))
+    assert job.method == "mymodule:Plain" and ":" not in job.key
+
+
+def test_what_was_done_is_not_repeated(tmp_path):
+    """A job whose file is there is read, however wrong; the table and the figure are made of the files."""
+    rows = []
+    for seed, regret in enumerate([0.01, 0.03]):
+        job = short(seed=seed)
+        row = {**vars(job), "failed": None, "regret": regret, "to_10pct": 256 if seed else None, "to_5pct": None,
+               "seconds_to_10pct": 1.0, "path_kl": 1.0, "control_error": 0.1, "critic_gradient_error": None,
+               "network_calls": 1, "reward_calls": 1, "seconds": 1.0, "curve": "[[256, 0.2], [512, 0.05]]"}  # fmt: skip
+        (tmp_path / f"{job.key}.json").write_text(json.dumps(row))
+        rows.append(row)
+    assert carry_out([short(seed=0), short(seed=1)], tmp_path, 1) == rows
+    (summary,) = summarise(rows)
+    assert summary["regret"] == pytest.approx(0.02) and summary["regret_worst"] == 0.03
+    assert summary["regret_se"] == pytest.approx(0.01)  # sd .02/sqrt 2 over sqrt 2
+    assert summary["to_10pct"] is None, "one of two seeds never gets there: the median is infinite"
+    assert summary["critic_gradient_error"] is None and summary["diverged"] == 0
+    assert len(draw([summary], rows).axes) == 1
+
+
+def test_a_failed_run_counts():
+    failed = {**vars(short()), "failed": "not finite"}
+    (summary,) = summarise([failed])
+    assert summary["diverged"] == 1 and summary["regret"] is None
+
+
+def test_first_below():
+    curve = [(256, 0.3, 1.0), (512, 0.09, 2.0), (768, 0.2, 3.0)]
+    assert first_below(curve, 0.1, 0) == 512 and first_below(curve, 0.1, 2) == 2.0
+    assert first_below(curve, 0.01, 0) is None
+
+
+def test_every_method_is_made():
+    for method in METHODS.values():
+        assert method.algorithm().keep >= 1
+    assert len(jobs_of(AlgorithmOptions(full=True, seeds=1))) == len(METHODS) * 4 * len(LEARNABLE)
