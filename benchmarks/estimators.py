@@ -45,6 +45,7 @@ import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 from tqdm import tqdm
 
@@ -351,18 +352,18 @@ BY_DIMENSION = tuple(LINES[i] for i in (0, 5, 8, 9, 11, 13))
 
 
 def measured(
-    panel: str, case: Case, critics: dict[str, Critic], line: Line, steps: int, batches: int, seed: int
+    panel: str, case: Case, critics: dict[str, Critic], line: Line, steps: int, trajectories: int, seed: int
 ) -> Row:
     """One estimator on one problem."""
     critic = critics[line.critic or "exact"]
     times, noise = grids.natural(case.problem, steps), Noise(seed)
     found, seconds = [], []
-    for i in range(batches):
-        ids, began = torch.arange(i * BATCH, (i + 1) * BATCH), time.process_time()
+    for ids in torch.arange(trajectories).split(BATCH):
+        began = time.process_time()
         found.append(line.gradient(Batch(case, critic, SOLVERS[line.solver], times, noise, ids)))
-        seconds.append((time.process_time() - began) / BATCH)
+        seconds.append((time.process_time() - began) / len(ids))
     g, second, norm = torch.cat(found).double(), median(seconds), float(case.grad_J.norm())
-    n, square = len(g), (g - g.mean(0)).square().sum(1)
+    n, square = trajectories, (g - g.mean(0)).square().sum(1)
     variance = float(square.sum()) / (n - 1)
     return {
         "panel": panel, "problem": case.name, "dimension": case.dimension, "estimator": line.estimator,
@@ -381,15 +382,17 @@ def measure(options: Options) -> Iterator[Row]:
         found = case(name)
         critics = {"exact": found.value}
         for kind in ("structured", "network"):
-            critics[kind] = learned(found, kind, 3 if quick else 40, options.seed)
-        batches = 1 if quick else 2 if found.dimension > 1 else 4
+            critics[kind] = learned(found, kind, 2 if quick else 25, options.seed)
+        n = 512 if quick else BATCH * (2 if found.dimension > 1 else 4)
         work = [(line, steps) for steps in ((20,) if quick else (20, 100)) for line in LINES]
         for line, steps in tqdm(work, name, leave=False):
-            yield measured("estimators", found, critics, line, steps, batches, options.seed)
+            yield measured("estimators", found, critics, line, steps, n, options.seed)
     for d in (1, 4) if quick else (1, 4, 16, 64):
         found = copies(d)
         for line in tqdm(BY_DIMENSION, f"dimension {d}", leave=False):
-            yield measured("dimension", found, {"exact": found.value}, line, 20, 1 if quick else 2, options.seed)
+            yield measured(
+                "dimension", found, {"exact": found.value}, line, 20, 512 if quick else 2 * BATCH, options.seed
+            )
 
 
 @contextmanager
@@ -413,7 +416,7 @@ def draw(rows: list[Row]) -> Figure:
     figure = Figure(figsize=(11.0, 9.6), layout="constrained")
     grid = figure.add_gridspec(2, 3, height_ratios=[2.1, 1.0])
     titles = {
-        "bias": "bias / |∇J|  (◁: below twice its standard error)",
+        "bias": "bias / |∇J|",
         "sd": "sd of a trajectory / |∇J|",
         "variance_times_seconds": "variance × CPU seconds",
     }
@@ -427,36 +430,33 @@ def draw(rows: list[Row]) -> Figure:
     assert first is not None
     first.set_yticks(range(len(LINES)), [line.label for line in LINES], fontsize="small")
     first.invert_yaxis()
-    handles, labels = first.get_legend_handles_labels()
-    below = figure.add_subplot(grid[1, :2])
+    below, key = figure.add_subplot(grid[1, :2]), figure.add_subplot(grid[1, 2])
     _draw_dimension(below, [row for row in rows if row["panel"] == "dimension"])
-    key = figure.add_subplot(grid[1, 2])
     key.axis("off")
-    key.legend(handles, labels, loc="upper left", frameon=False, title="above", alignment="left")
+    marks = [
+        Line2D([], [], marker="o", linestyle="none", color=colour, label=name) for name, colour in PROBLEMS.items()
+    ]
+    meaning = {"N = 20": ("o", "k"), "N = 100": ("o", "none"), "bias below 2 standard errors": ("<", "k"),
+               "heavy tails: largest share > 0.1": ("X", "k")}  # fmt: skip
+    marks += [
+        Line2D([], [], marker=marker, linestyle="none", color="k", markerfacecolor=fill, label=label)
+        for label, (marker, fill) in meaning.items()
+    ]
+    key.legend(handles=marks, loc="upper left", frameon=False, fontsize="small")
     return figure
 
 
 def _draw_column(ax: Any, rows: list[Row], column: str) -> None:
-    """One figure of every estimator: full markers at the smaller N, open ones at the larger."""
-    steps = sorted({int(str(row["steps"])) for row in rows})
-    for j, (problem, colour) in enumerate(PROBLEMS.items()):
-        for n in steps:
-            chosen = {
-                (r["estimator"], r["critic"], r["solver"]): r
-                for r in rows
-                if (r["problem"], r["steps"]) == (problem, n)
-            }
-            label: str | None = f"{problem}, N = {n}"
-            for y, line in enumerate(LINES):
-                row = chosen.get((line.estimator, line.critic, line.solver))
-                if row is None:
-                    continue
-                value, unseen = _number(row, column), 2 * _number(row, "bias_se")
-                hidden = column == "bias" and value < unseen
-                ax.plot(unseen if hidden else value, y + 0.22 * (j - 1), "<" if hidden else "o", color=colour,
-                        markersize=5, markerfacecolor=colour if n == steps[0] else "none", linestyle="none",
-                        label=None if hidden else label)  # fmt: skip
-                label = label if hidden else None
+    """One figure of every estimator."""
+    for row in rows:
+        name = tuple(row[key] for key in ("estimator", "critic", "solver"))
+        y = next(i for i, line in enumerate(LINES) if (line.estimator, line.critic, line.solver) == name)
+        value, unseen = _number(row, column), 2 * _number(row, "bias_se")
+        hidden = column == "bias" and value < unseen
+        colour = PROBLEMS[str(row["problem"])]
+        ax.plot(unseen if hidden else value, y + 0.22 * (list(PROBLEMS).index(str(row["problem"])) - 1),
+                "<" if hidden else "X" if _number(row, "largest_share") > 0.1 else "o", color=colour, markersize=5,
+                markerfacecolor=colour if row["steps"] == 20 else "none")  # fmt: skip
 
 
 def _draw_dimension(ax: Any, rows: list[Row]) -> None:
@@ -473,7 +473,7 @@ def _draw_dimension(ax: Any, rows: list[Row]) -> None:
     ax.set_xticks(dimensions, labels=dimensions)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.legend(frameon=False, fontsize="small", loc="lower left")
 
 
 def _number(row: Row, name: str) -> float:

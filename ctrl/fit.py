@@ -155,6 +155,8 @@ class Run:
             raise ValueError(
                 "accelerator must have gradient_accumulation_steps = 1: memory is bounded by settings.micro_batch"
             )
+        if algorithm.keep < 1:
+            raise ValueError(f"keep must be at least one epoch of trajectories, got {algorithm.keep}")
         self.problem, self.algorithm, self.settings, self.accelerator = problem, algorithm, settings, accelerator
         self.conditions = conditions or (lambda ids: None)
         self.policy, self._critic = policy, critic

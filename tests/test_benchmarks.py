@@ -6,9 +6,11 @@ import math
 import pytest
 import torch
 
-from benchmarks import discretization_error, report, rollout
-from ctrl import EulerMaruyama, Exponential, chain_kl, grids
+from benchmarks import discretization_error, estimators, policy_iteration, report, rollout
+from ctrl import EulerMaruyama, Exponential, Heun, Noise, chain_kl, grids, z_bound
+from toy import catalogue
 from toy.chain import chain_moments
+from toy.gaussian import GaussianDiffusion, QuadraticReward
 
 HEAD = ["name", "command", "seed", "versions", "device", "seconds", "rows"]
 
@@ -142,3 +144,188 @@ def test_euler_is_measured_with_its_own_quadrature():
     chain = chain_moments(case.exact.problem, case.policy, times, EulerMaruyama(), law.mean, law.covariance)
     path = discretization_error.trajectory(case.exact.problem, EulerMaruyama(), times, chain)
     torch.testing.assert_close(path.w, grids.left(case.exact.problem, times))
+
+
+# ------------------------------------------------------------------------------------------ estimators
+
+
+@pytest.fixture(scope="module")
+def estimates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    estimators.main(report.Options(out=folder, quick=True))
+    assert (folder / "estimators.png").stat().st_size > 10_000
+    return read(folder, "estimators")
+
+
+def test_every_estimator_is_measured(estimates):
+    rows = pick(estimates, panel="estimators")
+    assert [(r["estimator"], r["critic"], r["solver"]) for r in rows] == [
+        (line.estimator, line.critic, line.solver) for line in estimators.LINES
+    ]
+    assert {row["dimension"] for row in pick(estimates, panel="dimension")} == {1, 4}
+    assert all(row["variance_times_seconds"] > 0 and 0 < row["largest_share"] < 1 for row in estimates)
+
+
+def test_no_bias_but_the_steps(estimates):
+    """With N = 20 no estimator that needs no learned critic is off by more than a tenth and its standard error."""
+    for row in estimates:
+        if row["critic"] in (None, "exact"):
+            assert row["bias"] < 0.1 + z_bound(1) * row["bias_se"], row
+
+
+def test_the_critics_form_has_the_least_variance_and_falls_with_the_dimension(estimates):
+    sd = {
+        r["estimator"]: r["sd"] for r in pick(estimates, panel="estimators", solver="Heun") if r["critic"] != "network"
+    }
+    assert sd["critic"] < sd["td"] < sd["likelihood ratio, mean baseline"] < sd["likelihood ratio"]
+    one, four = (pick(estimates, panel="dimension", estimator="critic", dimension=d)[0]["sd"] for d in (1, 4))
+    assert one / four == pytest.approx(2, rel=0.15)
+
+
+def test_measured_statistics():
+    """Of gradients that are known: grad J (1 + 0.1) + a normal number in the first parameter, with sd 3 |grad J|."""
+    case = estimators.case("gaussian-1d")
+    norm = float(case.grad_J.norm())
+
+    def gradient(batch):
+        noise = 3 * norm * Noise(1).normal(batch.ids, (1,), 0)
+        return 1.1 * case.grad_J + torch.cat([noise, torch.zeros_like(noise)], 1)
+
+    line = estimators.Line("known", gradient, None, "Euler")
+    n = 2 * estimators.BATCH
+    row = estimators.measured("", case, {"exact": case.value}, line, 4, n, 0)
+    assert row["trajectories"] == n
+    assert row["sd"] == pytest.approx(3, abs=5 * row["sd_se"])
+    assert row["sd_se"] == pytest.approx(3 / (2 * n) ** 0.5, rel=0.1)
+    assert row["bias_se"] == pytest.approx(row["sd"] / n**0.5)
+    assert row["bias"] == pytest.approx(0.1, abs=5 * row["bias_se"])
+    assert 10 / n < row["largest_share"] < 40 / n
+    assert row["variance_times_seconds"] == pytest.approx(row["sd"] ** 2 * row["microseconds_per_trajectory"] / 1e6)
+
+
+def batch_of(case, solver, n=6, steps=5):
+    return estimators.Batch(case, case.value, solver, grids.natural(case.problem, steps), Noise(3), torch.arange(n))
+
+
+def test_on_eulers_method_the_likelihood_ratio_is_the_chains():
+    """Trajectory by trajectory; and the mean over the others leaves each one's own return out."""
+    batch = batch_of(estimators.case("gaussian-1d"), EulerMaruyama())
+    torch.testing.assert_close(estimators.by_ratio_mean(batch), estimators.by_chain(batch))
+    gain = batch.mean_of_others()
+    assert gain.shape == (5, 6)
+    object.__setattr__(batch, "reward", batch.reward + torch.eye(6)[2])
+    assert (batch.mean_of_others() - gain)[:, [2, 0]] == pytest.approx(torch.tensor([0.0, 0.2]).expand(5, 2))
+
+
+def test_copies_are_the_whole_problem():
+    """V, its gradient and grad J of two copies, against the problem in two dimensions."""
+    two, law = estimators.copies(2), catalogue.get("gaussian-1d").exact
+    exact = GaussianDiffusion(
+        law.noising, torch.ones(2), 0.25 * torch.eye(2), QuadraticReward(torch.eye(2), 1.5 * torch.ones(2), -2.25),
+        beta=0.5, start=law.start.__class__(torch.zeros(2), torch.eye(2)),
+    )  # fmt: skip
+    whole = estimators.gaussian_case("two", exact, (-0.3, 0.6))
+    t, x = torch.rand(5), torch.randn(5, 2)
+    torch.testing.assert_close(two.value.value(t, x), whole.value.value(t, x))
+    torch.testing.assert_close(two.value.grad(t, x), whole.value.grad(t, x))
+    torch.testing.assert_close(two.grad_J, whole.grad_J)
+    assert torch.equal(two.problem.reward(x, None), exact.problem.reward(x, None))
+    torch.testing.assert_close(two.problem.reference(t, x, None), exact.problem.reference(t, x, None))
+
+
+def test_a_learned_critic_is_that_of_the_policy():
+    """A few epochs take the structured critic's gradient to within a fifth of the exact one, in root mean square."""
+    case = estimators.case("gaussian-1d")
+    critic = estimators.learned(case, "structured", 6, 0)
+    t, x, _ = batch_of(case, Heun(), 200, 20).path.flat()
+    exact = case.value.grad(t, x)
+    assert float((critic.grad(t, x) - exact).norm() / exact.norm()) < 0.2
+
+
+# ------------------------------------------------------------------------------------------ policy iteration
+
+
+@pytest.fixture(scope="module")
+def iterates(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("results")
+    policy_iteration.main(report.Options(out=folder, quick=True))
+    assert (folder / "policy_iteration.png").stat().st_size > 10_000
+    return read(folder, "policy_iteration")
+
+
+def test_newton_kleinman_is_quadratic(iterates):
+    rows = pick(iterates, panel="newton")
+    assert rows[3]["regret"] < 1e-11
+    assert rows[-1]["regret"] < 1e-20
+    assert rows[-1]["order"] == pytest.approx(2, abs=0.15)
+    assert rows[0]["ratio"] is None and rows[1]["order"] is None
+
+
+def test_pi_ft_is_linear_and_below_its_bound(iterates):
+    """Beyond the first iteration the ratio grows towards the bound, which goes with beta and dt."""
+    rows = pick(iterates, panel="pi-ft")
+    ratios = [row["ratio"] for row in rows[1:]]
+    assert ratios == sorted(ratios)
+    assert 0.4 < ratios[-1] / rows[0]["bound"] < 1
+
+
+def test_all_panels_start_at_the_reference(iterates):
+    """J* - J of the reference: of the mixture at beta = 2 by its closed V* and by quadrature of V(0, x) = E r."""
+    exact = policy_iteration.mixture(2.0)
+    J, s = float(exact.J_optimal().mean), torch.tensor([exact.s_max])
+    x = torch.linspace(-8, 8, 2001)[:, None]
+    w, means, covariances = exact.p.posterior(s.expand(2001), x)
+    m, v = means[..., 0], covariances[..., 0, 0]
+    reward = (w * (m - 0.2 * (m.square() + v))).sum(1)
+    mass = torch.exp(-x[:, 0].square() / 2)
+    regret = J - float((mass * reward).sum() / mass.sum())
+    assert pick(iterates, panel="pde")[0]["regret"] == pytest.approx(regret, rel=0.01)
+    assert pick(iterates, panel="pi-ft")[0]["regret"] == pytest.approx(regret, rel=0.05)
+    assert pick(iterates, panel="q-learning")[0]["variance_ratio"] == pytest.approx(4)
+
+
+def test_regret_is_the_difference_of_two_objectives():
+    for name in ("lq-1d", "gaussian-1d"):
+        lq = policy_iteration.linear_problem(name)
+        best = lq.optimal_policy()
+        policy = policy_iteration.replace(lq.reference, Sigma=best.Sigma)
+        regret = policy_iteration.regret_of(lq, policy, best)
+        assert regret == pytest.approx(lq.J_optimal() - lq.J(policy), rel=1e-8)
+
+
+def test_rates():
+    """Ratio and order of e, e², e⁴ and of a geometric series."""
+    rows = [policy_iteration.record("", "", n, 10.0 ** -(2**n)) for n in range(3)]
+    assert policy_iteration.with_rates(rows)[2]["order"] == pytest.approx(2)
+    rows = [policy_iteration.record("", "", n, 0.3**n) for n in range(3)]
+    assert policy_iteration.with_rates(rows)[2]["order"] == pytest.approx(1)
+    assert [row["ratio"] for row in rows] == [None, pytest.approx(0.3), pytest.approx(0.3)]
+
+
+def test_the_chain_is_eulers():
+    """Without iterations J is the reference's: E r from the chain's exact moments. One step: V = r, V'' = -1, so that
+    rho = dt g²/beta, and the greedy action is a_ref + (x_1(a_ref) - 1.5)' s fixed point, solved by hand."""
+    exact = catalogue.get("gaussian-1d").exact
+    problem = exact.problem
+    chain = policy_iteration.Chain(problem, 12)
+    law = chain_moments(
+        problem,
+        problem.reference,
+        grids.uniform(problem, 12),
+        EulerMaruyama(),
+        exact.initial.mean,
+        exact.initial.covariance,
+    )
+    mean, variance = float(law.mean[-1, 0]), float(law.covariance[-1, 0, 0])
+    assert chain.solve(0)[0] == pytest.approx(-((mean - 1.5) ** 2 + variance) / 2, rel=1e-6)
+
+    chain = policy_iteration.Chain(problem, 40)
+    last = policy_iteration.Chain(policy_iteration.replace(problem, s_max=problem.s(chain.times[-2]).item()), 1)
+    dt, g2 = last.dt[0], last.kappa[0]
+    assert last.solve(0)[1] == pytest.approx(dt * g2 / 0.5)
+    # a = a_ref + (1.5 - m - dt g² (a - a_ref)) / beta, m the mean of x_1 under a_ref
+    gain = (1.5 - (last.free[0] + dt * g2 * last.reference[0])) / 0.5 / (1 + dt * g2 / 0.5)
+    value = last.expected(lambda x, derivative: -((x - 1.5) ** 2) / 2, 0, last.reference[0] + gain)
+    value = value - dt * last.price[0] / 2 * gain**2
+    mass = torch.exp(-torch.from_numpy(last.x).square() / 2).numpy()
+    assert last.solve(60)[0] == pytest.approx((mass * value).sum() / mass.sum(), rel=1e-9)

@@ -128,6 +128,7 @@ def test_q_of_any_policy_is_normalised(problem, seed):
     assert abs(float((mass * terms).sum())) < 1e-10 * float(1 + (mass * q.abs()).sum())
 
 
+@settings(max_examples=10)
 @given(lqs(), SEEDS)
 def test_no_linear_policy_beats_the_optimum(problem, seed):
     lq = problem.exact
@@ -219,6 +220,7 @@ def test_policy_gradient_equals_finite_differences(problem, seed):
     assert exact @ direction == pytest.approx(difference, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.long
 @settings(max_examples=8)
 @given(lqs(gammas=st.just(0.0)), SEEDS)
 def test_policy_iteration_is_newton(problem, seed):
@@ -233,6 +235,7 @@ def test_policy_iteration_is_newton(problem, seed):
     assert abs(gaps[-1]) < 1e-8 * scale
 
 
+@settings(max_examples=10)
 @given(lqs(), SEEDS)
 def test_path_kl_and_its_gradient(problem, seed):
     """KL(P || P_ref) = integral of ½ E |S^-1 B a|², by forward moments; zero at the reference; its gradient by

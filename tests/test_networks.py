@@ -13,6 +13,7 @@ from toy.networks import Perceptron, Policy, Value
 
 every = pytest.mark.parametrize("name", catalogue.NAMES)
 
+
 def inputs(name, n=6):
     """t over the whole horizon, ends included; x, cond and a_ref there."""
     entry = catalogue.get(name)

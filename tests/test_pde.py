@@ -311,6 +311,7 @@ def test_hopf_cole_at_eta_other_than_1(eta: float) -> None:
     assert V.error < 1e-4 and beta * U.error / float(u.min()) < 1e-2
 
 
+@pytest.mark.long
 def test_the_greedy_policy_of_the_optimum_attains_it() -> None:
     problem = sampling(TWO, quadratic(0.5), eta=1.8, gamma=0.2)
     mesh = Mesh(-8.0, 8.0, 321, 1e-9)
@@ -320,6 +321,7 @@ def test_the_greedy_policy_of_the_optimum_attains_it() -> None:
     assert (V.value(t, x) - W.value(t, x)).abs().max() < V.error + W.error
 
 
+@pytest.mark.long
 def test_performance_difference() -> None:
     """J(th') - J(th) = E_th' of the integral of e^{-rho t} q_th(t, Y, s_th'(t, Y)) dt (Jia & Zhou 2023)."""
     problem = sampling(TWO, lambda x, cond: torch.tanh(2 * x[:, 0]), eta=0.7, beta=0.3, discount=0.8)
@@ -342,6 +344,7 @@ def test_performance_difference() -> None:
     assert abs(objective(problem, gain) - difference) < tolerance
 
 
+@pytest.mark.long
 def test_gradient_is_the_derivative_of_the_objective() -> None:
     """W against central differences at steps e and 2e, extrapolated; their disagreement bounds what is left."""
     problem = sampling(ONE, lambda x, cond: torch.tanh(2 * x[:, 0]), eta=0.7, beta=0.3, discount=0.8)

@@ -90,7 +90,9 @@ def test_exact_transitions_have_no_error_at_any_step(name):
     torch.testing.assert_close(chain.covariance, torch.from_numpy(moments.covariance(t)), rtol=1e-8, atol=1e-9)
 
 
-@pytest.mark.parametrize("solver", [EulerMaruyama(), Heun(), Exponential()], ids=str)
+@pytest.mark.parametrize(
+    "solver", [EulerMaruyama(), *(pytest.param(s, marks=pytest.mark.long) for s in (Heun(), Exponential()))], ids=str
+)
 def test_strong_order_one_on_a_shared_path(solver):
     """Root-mean-square distance to a fine solution on the same Brownian path, nonlinear policy; the next strong order
     is 1.5. (2M claims weak order only.)"""

@@ -20,7 +20,7 @@ def terminal(lq, policy):
     return torch.from_numpy(moments.mean(T)[0]), torch.from_numpy(moments.covariance(T)[0])
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(gaussians(etas=st.floats(0.0, 2.0), start="marginal"))
 def test_true_score_keeps_the_marginals_at_every_eta(p):
     """Y_0 ~ p_{s_max} and a = the score: Y_t ~ p_{T-t}, the ODE eta = 0 included."""
@@ -47,7 +47,7 @@ def test_starting_from_the_prior_leaves_the_predicted_bias(p):
     torch.testing.assert_close(got, covariance, rtol=1e-8, atol=1e-8 * float(covariance.norm()))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(gaussians())
 def test_closed_optimum_is_the_riccati_optimum(p):
     """V*, grad V*, a*, J* and the optimal law: Gaussian integrals against the Riccati equation."""

@@ -20,8 +20,8 @@ from torch import Tensor
 from ctrl.algorithms.base import Algorithm
 from ctrl.evaluation import increments, policy_slope, targets
 from ctrl.gaussian import Mean
-from ctrl.linop import dot
-from ctrl.problem import Problem
+from ctrl.linop import Matrix, dot
+from ctrl.problem import Problem, ScoreAsAction
 from ctrl.qvalue import greedy
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -77,6 +77,13 @@ class ActorCritic(Algorithm):
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if critic is None:
             raise ValueError("critic must be given: ActorCritic learns V (see ctrl.StructuredCritic)")
+        start = torch.zeros(1)
+        problem.penalty(start)  # eta = 0 has no path KL, and says so
+        if isinstance(problem, ScoreAsAction) and problem.beta == 0:
+            raise ValueError("beta must be > 0: without a price on actions no action is greedy")
+        B = problem.control(start)
+        if not self.critic_control and isinstance(B, Matrix) and B.m.shape[-2] != B.m.shape[-1]:
+            raise ValueError("critic_control must be True: B is not square, so no p has B'p = R (a - a_ref)")
 
 
 def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:

@@ -27,9 +27,11 @@ from ctrl.algorithms.base import Algorithm
 from ctrl.gaussian import Mean
 from ctrl.gradient import adjoint, lean_adjoint
 from ctrl.linop import dot
-from ctrl.problem import Problem
+from ctrl.problem import Problem, ScoreAsAction
 from ctrl.qvalue import greedy
 from ctrl.replay import Batch, Nodes
+from ctrl.solvers import Solver
+from ctrl.value import Critic
 
 if TYPE_CHECKING:
     from ctrl.fit import Run
@@ -67,6 +69,11 @@ class AdjointMatching(Algorithm):
         run.counts["network_calls"] += samples * (batch.steps + 1)
         run.counts["reward_gradients"] = run.counts.get("reward_gradients", 0) + samples
         return torch.cat(parts, 1)
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        problem.penalty(torch.zeros(1))  # eta = 0 has no path KL, and says so
+        if isinstance(problem, ScoreAsAction) and problem.beta == 0:
+            raise ValueError("beta must be > 0: without a price on actions no action is greedy")
 
 
 def matching_loss(problem: Problem, policy: Mean, nodes: Nodes) -> Tensor:

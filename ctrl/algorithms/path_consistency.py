@@ -32,8 +32,8 @@ from ctrl.algorithms.base import Algorithm
 from ctrl.evaluation import increments, policy_slope, soft_cost, targets
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
-from ctrl.linop import dot
-from ctrl.problem import Problem
+from ctrl.linop import Matrix, dot
+from ctrl.problem import Problem, ScoreAsAction
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -52,7 +52,7 @@ class PathConsistency(Algorithm):
         keep: epochs of trajectories kept.
     """
 
-    updates: int = 40
+    updates: int = 80
     paths: int = 64
     keep: int = 40
 
@@ -92,6 +92,13 @@ class PathConsistency(Algorithm):
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if critic is None:
             raise ValueError("critic must be given: PathConsistency learns V (see ctrl.StructuredCritic)")
+        start = torch.zeros(1)
+        problem.penalty(start)  # eta = 0 has no path KL, and says so
+        if isinstance(problem, ScoreAsAction) and problem.beta == 0:
+            raise ValueError("beta must be > 0: V is fixed by the KL it takes to get there")
+        B = problem.control(start)
+        if isinstance(B, Matrix) and B.m.shape[-2] != B.m.shape[-1]:
+            raise ValueError("B must be square: else actions do not determine grad V, and no residual vanishes")
 
 
 def policy_loss(problem: Problem, policy: Mean, nodes: Nodes) -> Tensor:

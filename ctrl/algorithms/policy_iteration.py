@@ -37,13 +37,16 @@ class PolicyIteration(Algorithm):
     actor_updates: int = 200
     nodes: int = 1024
 
+    @property
+    def evaluation(self) -> ActorCritic:
+        """A round: an actor-critic whose actor stays put."""
+        return ActorCritic(self.critic_updates, 0, self.nodes, keep=1, trace=0.0, critic_control=True)
+
     def learn(self, run: Run) -> None:
-        evaluation = ActorCritic(self.critic_updates, 0, self.nodes, keep=1, trace=0.0, critic_control=True)
         for _ in range(self.rounds):
-            evaluation.learn(run)
+            self.evaluation.learn(run)
         for nodes in run.deal(self.actor_updates, self.nodes):
             run.update("policy", lambda n: actor_loss(run.problem, run.policy, run.critic, n), nodes, self.nodes)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        if critic is None:
-            raise ValueError("critic must be given: PolicyIteration learns V (see ctrl.StructuredCritic)")
+        self.evaluation.check(problem, solver, critic)

@@ -32,7 +32,7 @@ from ctrl.algorithms.actor_critic import critic_loss
 from ctrl.algorithms.base import Algorithm
 from ctrl.evaluation import martingale, policy_slope, targets
 from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
-from ctrl.linop import LinOp
+from ctrl.linop import LinOp, Matrix
 from ctrl.problem import Problem
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -77,7 +77,7 @@ class QLearning(Algorithm):
         nodes: how many nodes each sees, over all processes.
         keep: epochs of trajectories kept: the conditions hold for any behaviour.
         trace: as in `ctrl.evaluation`.
-        critic_control: p = grad V of the critic, one more critic gradient a node.
+        critic_control: p = grad V of the critic, one more critic gradient a node; or else the policy's own slope.
     """
 
     critic_updates: int = 40
@@ -85,7 +85,7 @@ class QLearning(Algorithm):
     nodes: int = 1024
     keep: int = 4
     trace: float = 3.0
-    critic_control: bool = False
+    critic_control: bool = True
 
     def learn(self, run: Run) -> None:
         run.lay_actions()
@@ -141,6 +141,9 @@ class QLearning(Algorithm):
             raise ValueError(_NO_GAMMA)
         if critic is None:
             raise ValueError("critic must be given: QLearning learns V and q (see ctrl.StructuredCritic)")
+        B = problem.control(torch.zeros(1))
+        if not self.critic_control and isinstance(B, Matrix) and B.m.shape[-2] != B.m.shape[-1]:
+            raise ValueError("critic_control must be True: B is not square, so no p has B'p = R (a - a_ref)")
 
 
 _NO_GAMMA = (
