@@ -2,9 +2,9 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from scipy.integrate import quad
+from scipy.stats import norm
 from scipy.stats import t as student
 from torch import Tensor, nn
 
@@ -19,23 +20,15 @@ from ctrl import (
     COSINE,
     Critic,
     Estimate,
-    Heun,
     Mean,
-    Noise,
     Problem,
-    Solver,
     StructuredCritic,
-    grids,
-    rollout,
-    z_bound,
 )  # fmt: skip
 from ctrl.algorithms import (
-    DDPO,
     ActorCritic,
     AdjointMatching,
     Algorithm,
     GaussianNetwork,
-    KLBudget,
     PathConsistency,
     PolicyIteration,
     PPOClip,
@@ -43,9 +36,8 @@ from ctrl.algorithms import (
     QLearning,
 )  # fmt: skip
 from ctrl.fit import Run, Settings, fit
-from ctrl.linop import dot
 from toy import catalogue
-from toy.lq import LQ, Coefficient, LinearPolicy, QuadraticValue
+from toy.lq import LQ, Coefficient, LinearPolicy, Moments, QuadraticValue
 
 # ------------------------------------------------------------------------------------------ at fixed parameters
 
@@ -124,8 +116,8 @@ def case(name: str) -> Case:
     problem, lq = entry.problem, entry.exact.exact if name.startswith("lq") else entry.exact.lq
     if name.startswith("lq"):
         problem, lq = (dataclasses.replace(p, discount=0.4) for p in (problem, lq))
-    elif "exploring" in name:
-        problem, lq = (dataclasses.replace(p, gamma=0.3) for p in (problem, lq))
+    if "exploring" in name:
+        problem, lq = (dataclasses.replace(p, gamma=0.5) for p in (problem, lq))
     if "optimum" in name:
         return Case(problem, lq, lq.optimal_policy(), lq.optimal_policy())
     at_rest = Case(problem, lq, lq.reference, problem.reference)
@@ -163,7 +155,7 @@ def first_gradients(algorithm: Algorithm, case: Case, steps: int, epochs: int, s
     return torch.stack(grads)
 
 
-EPOCHS = 32
+EPOCHS = 20
 
 
 @dataclass(frozen=True)
@@ -185,15 +177,17 @@ class Still:
         return Estimate.of(fine + (fine - coarse) / (2**self.order - 1))
 
 
+pytestmark = pytest.mark.long
+
 EVERY = {
     "actor-critic": Still(lambda b, n: ActorCritic(0, 1, b * (n + 1), keep=1), 2, 10),
     "ppo, penalty": Still(lambda b, n: PPOPenalty(updates=1, nodes=b * (n + 1)), 2, 10),
     "ppo, clipped": Still(lambda b, n: PPOClip(updates=1, nodes=b * (n + 1)), 2, 10),
     "policy iteration": Still(lambda b, n: PolicyIteration(1, 1, 1, b * (n + 1)), 2, 10),
     "adjoint": Still(lambda b, n: AdjointMatching(1, b * (n + 1), lean=False), 2, 10),
-    "path consistency": Still(lambda b, n: PathConsistency(1, b, keep=1), 1, 20, 512),
-    "q-learning": Still(lambda b, n: QLearning(0, 1, b * n, keep=1), 1, 40),
-    "q-learning, own slope": Still(lambda b, n: QLearning(0, 1, b * n, keep=1, critic_control=False), 1, 40),
+    "path consistency": Still(lambda b, n: PathConsistency(1, b, keep=1), 1, 20, 768),
+    "q-learning": Still(lambda b, n: QLearning(0, 1, b * n, keep=1), 1, 20, 512),
+    "q-learning, own slope": Still(lambda b, n: QLearning(0, 1, b * n, keep=1, critic_control=False), 1, 20, 768),
 }
 LEAN = Still(lambda b, n: AdjointMatching(1, b * (n + 1)), 2, 10)
 
@@ -221,7 +215,7 @@ def test_the_lean_adjoint_is_a_gradient_at_the_reference_and_vanishes_at_the_opt
     at_rest = LEAN.estimate(optimum)
     assert far(at_rest, torch.zeros(2)) < 1
     assert float(at_rest.stderr.max()) < 0.02 * float(exact.abs().max())
-    assert far(LEAN.estimate(elsewhere), elsewhere.grad_J(False)) > 2  # there it is no gradient of J
+    assert far(LEAN.estimate(elsewhere), elsewhere.grad_J(False)) > 1  # there it is no gradient of J
 
 
 def test_residuals_vanish_at_the_optimum():
@@ -237,20 +231,20 @@ def test_residuals_vanish_at_the_optimum():
 
 
 class Linear(nn.Module):
-    """<c, features(t, x)>, features T_j(2t/T - 1) x^i/i!, made orthonormal on the states of the reference: learning
-    rates and numbers of steps then mean the same for all of them."""
+    """<c, features(t, x)>, features T_j(2t/T - 1) x^i/i!, made orthonormal where the optimum goes: learning rates
+    and numbers of steps then mean the same for all of them."""
 
-    def __init__(self, problem: Problem, order: int, weight: Callable[[Tensor], Tensor], degree: int = 7) -> None:
+    def __init__(self, here: Case, order: int, weight: Callable[[Tensor], Tensor], degree: int = 7) -> None:
         super().__init__()
-        self.problem, self.order, self.degree, self.mixing = problem, order, degree, torch.eye((degree + 1) * order)
-        path = rollout(problem, problem.reference, grids.natural(problem, 20), Noise(0), torch.arange(500))
-        t, x, _ = path.flat()
+        self.horizon, self.order, self.degree = here.problem.horizon, order, degree
+        self.mixing = torch.eye((degree + 1) * order)
+        t, x = optimum(here).states
         features = weight(t)[:, None] * self.features(t, x)
         self.mixing = torch.linalg.inv(torch.linalg.qr(features / len(t) ** 0.5).R)
         self.c = nn.Parameter(torch.zeros(len(self.mixing)))
 
     def features(self, t: Tensor, x: Tensor) -> Tensor:
-        u = (2 * t / self.problem.horizon - 1).clamp(-1, 1)
+        u = (2 * t / self.horizon - 1).clamp(-1, 1)
         of_t = torch.cos(torch.arange(self.degree + 1) * torch.arccos(u)[:, None])
         of_x = torch.cat([torch.ones_like(x), x, x.square() / 2], 1)[:, : self.order]
         return (of_t[:, :, None] * of_x[:, None]).flatten(1) @ self.mixing
@@ -262,12 +256,10 @@ class Linear(nn.Module):
 class Affine(nn.Module):
     """a = a_ref + K(t) x + k(t)."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, here: Case) -> None:
         super().__init__()
-        self.problem = problem
-        self.shift = Linear(
-            problem, 2, lambda t: dot(ones := torch.ones(len(t), 1), problem.penalty(t).apply(ones)).sqrt()
-        )
+        self.problem = here.problem
+        self.shift = Linear(here, 2, lambda t: torch.from_numpy(here.lq.at(t.numpy()).R[:, 0, 0]).sqrt())
 
     def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         return self.problem.reference(t, x, cond) + self.shift(t, x)[:, None]
@@ -275,14 +267,14 @@ class Affine(nn.Module):
     def gains(self, t: Any) -> tuple[Any, Any]:
         """K and k, (n,)."""
         t = torch.from_numpy(t)
-        k, at_1 = (self.shift(t, x * torch.ones(len(t), 1)) for x in (0, 1))
+        k, at_1 = (self.shift(t, torch.full((len(t), 1), x)) for x in (0.0, 1.0))
         return (at_1 - k).numpy(), k.numpy()
 
 
-def quadratic(problem: Problem) -> Critic:
+def quadratic(here: Case) -> Critic:
     """c_skip r(x0hat) + c_out (P(t) x²/2 + p(t) x + z(t))."""
-    weight = lambda t: COSINE.c_out(1 - t / problem.horizon)  # noqa: E731
-    return StructuredCritic(problem, Linear(problem, 3, weight))
+    F = Linear(here, 3, lambda t: COSINE.c_out(1 - t / here.problem.horizon))
+    return StructuredCritic(here.problem, F)
 
 
 @dataclass(frozen=True)
@@ -301,14 +293,25 @@ class Optimum:
         return self.lost(self.here.base)
 
     @cached_property
+    def moments(self) -> Moments:
+        return self.here.lq.moments(self.policy)
+
+    def at(self, times: int, quantiles: Any) -> tuple[Tensor, Tensor]:
+        """Times and states: those quantiles of the optimal law, in standard deviations, at each time."""
+        t = np.linspace(0, self.here.lq.horizon, times)
+        mean, sd = self.moments.mean(t), np.sqrt(self.moments.covariance(t)[..., 0])
+        x = torch.from_numpy(mean + sd * quantiles).reshape(-1, 1)
+        return torch.from_numpy(t).repeat_interleave(len(quantiles)), x
+
+    @cached_property
+    def states(self) -> tuple[Tensor, Tensor]:
+        return self.at(41, norm.ppf((np.arange(99) + 0.5) / 99))
+
+    @cached_property
     def region(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Times, states and V* on the 99 % region of the optimal law, 25 times 41 of them."""
-        moments = self.here.lq.moments(self.policy)
-        t = np.linspace(0, self.here.lq.horizon, 25)
-        mean, sd = moments.mean(t), np.sqrt(moments.covariance(t)[..., 0])
-        x = torch.from_numpy(mean + 2.576 * sd * np.linspace(-1, 1, 41)).reshape(-1, 1)
-        times = torch.from_numpy(t).repeat_interleave(41)
-        return times, x, self.here.lq.optimal_value().value(times, x)
+        """Times, states and V* on the 99 % region of the optimal law."""
+        t, x = self.at(25, 2.576 * np.linspace(-1, 1, 41))
+        return t, x, self.here.lq.optimal_value().value(t, x)
 
     def lost(self, policy: LinearPolicy) -> float:
         """J* - J of a policy's mean: E of the integral of ½ e^{-rho t} |a - a*|²_R dt under that policy."""
@@ -335,13 +338,7 @@ class Optimum:
         return float((critic.value(t, x) - V).abs().max() / (V.max() - V.min()))
 
 
-@cache
-def optimum(name: str, gamma: float | None = None) -> Optimum:
-    here = case(f"{name} at its reference")
-    if gamma is not None:
-        problem, lq = (dataclasses.replace(p, gamma=gamma) for p in (here.problem, here.lq))
-        here = dataclasses.replace(here, problem=problem, lq=lq)
-    return Optimum(here)
+optimum = cache(Optimum)
 
 
 @dataclass(frozen=True)
@@ -354,10 +351,12 @@ class Learned:
     policy: nn.Module
 
 
-def learn(name: str, algorithm: Algorithm, gamma: float | None = None, **settings: Any) -> Learned:
-    exact = optimum(name, gamma)
-    problem = exact.here.problem
-    affine, critic = Affine(problem), quadratic(problem)
-    policy = GaussianNetwork(problem, affine, width=1.5) if isinstance(algorithm, QLearning) else affine
-    result = fit(problem, policy, algorithm, critic=critic, settings=Settings(progress=False, **settings))
+def learn(name: str, algorithm: Algorithm, **settings: Any) -> Learned:
+    """`fit` on "PROBLEM" or "PROBLEM exploring", from the reference."""
+    here = case(f"{name} at its reference")
+    affine, critic = Affine(here), quadratic(here)
+    explores = isinstance(algorithm, QLearning)
+    policy = GaussianNetwork(here.problem, affine, width=1.5) if explores else affine
+    result = fit(here.problem, policy, algorithm, critic=critic, settings=Settings(progress=False, **settings))
+    exact = optimum(here)
     return Learned(exact.regret(affine), exact.value_error(critic), result.history, policy)

@@ -157,6 +157,7 @@ def estimates(tmp_path_factory):
     return read(folder, "estimators")
 
 
+@pytest.mark.long
 def test_every_estimator_is_measured(estimates):
     rows = pick(estimates, panel="estimators")
     assert [(r["estimator"], r["critic"], r["solver"]) for r in rows] == [
@@ -166,6 +167,7 @@ def test_every_estimator_is_measured(estimates):
     assert all(row["variance_times_seconds"] > 0 and 0 < row["largest_share"] < 1 for row in estimates)
 
 
+@pytest.mark.long
 def test_no_bias_but_the_steps(estimates):
     """With N = 20 no estimator that needs no learned critic is off by more than a tenth and its standard error."""
     for row in estimates:
@@ -173,6 +175,7 @@ def test_no_bias_but_the_steps(estimates):
             assert row["bias"] < 0.1 + z_bound(1) * row["bias_se"], row
 
 
+@pytest.mark.long
 def test_the_critics_form_has_the_least_variance_and_falls_with_the_dimension(estimates):
     sd = {
         r["estimator"]: r["sd"] for r in pick(estimates, panel="estimators", solver="Heun") if r["critic"] != "network"
@@ -201,6 +204,20 @@ def test_measured_statistics():
     assert row["bias"] == pytest.approx(0.1, abs=5 * row["bias_se"])
     assert 10 / n < row["largest_share"] < 40 / n
     assert row["variance_times_seconds"] == pytest.approx(row["sd"] ** 2 * row["microseconds_per_trajectory"] / 1e6)
+
+
+def test_the_exact_gradient_is_that_of_the_exact_objective():
+    """By central differences of J in theta; and the policy of the rollouts is the one that J is of."""
+    exact, h = catalogue.get("gaussian-1d").exact, 1e-4
+    case = estimators.case("gaussian-1d")
+    slopes = []
+    for step in torch.eye(2) * h:
+        ends = [exact.lq.J(exact.perturbed(*(case.theta + sign * step).tolist())) for sign in (1, -1)]
+        slopes.append((ends[0] - ends[1]) / (2 * h))
+    torch.testing.assert_close(case.grad_J, torch.tensor(slopes), rtol=1e-5, atol=1e-6)
+    t, x = torch.rand(5), torch.randn(5, 1)
+    policy = exact.perturbed(*case.theta.tolist())
+    torch.testing.assert_close(estimators.policy_at(case.problem, case.theta)(t, x, None), policy(t, x))
 
 
 def batch_of(case, solver, n=6, steps=5):
@@ -253,6 +270,7 @@ def iterates(tmp_path_factory):
     return read(folder, "policy_iteration")
 
 
+@pytest.mark.long
 def test_newton_kleinman_is_quadratic(iterates):
     rows = pick(iterates, panel="newton")
     assert rows[3]["regret"] < 1e-11
@@ -261,6 +279,7 @@ def test_newton_kleinman_is_quadratic(iterates):
     assert rows[0]["ratio"] is None and rows[1]["order"] is None
 
 
+@pytest.mark.long
 def test_pi_ft_is_linear_and_below_its_bound(iterates):
     """Beyond the first iteration the ratio grows towards the bound, which goes with beta and dt."""
     rows = pick(iterates, panel="pi-ft")
@@ -269,6 +288,7 @@ def test_pi_ft_is_linear_and_below_its_bound(iterates):
     assert 0.4 < ratios[-1] / rows[0]["bound"] < 1
 
 
+@pytest.mark.long
 def test_all_panels_start_at_the_reference(iterates):
     """J* - J of the reference: of the mixture at beta = 2 by its closed V* and by quadrature of V(0, x) = E r."""
     exact = policy_iteration.mixture(2.0)
@@ -303,8 +323,8 @@ def test_rates():
 
 
 def test_the_chain_is_eulers():
-    """Without iterations J is the reference's: E r from the chain's exact moments. One step: V = r, V'' = -1, so that
-    rho = dt g²/beta, and the greedy action is a_ref + (x_1(a_ref) - 1.5)' s fixed point, solved by hand."""
+    """Without iterations J is the reference's: E r from the chain's exact moments. In one step V = r and V'' = -1, so
+    rho = dt g²/beta, and the fixed point is found by hand."""
     exact = catalogue.get("gaussian-1d").exact
     problem = exact.problem
     chain = policy_iteration.Chain(problem, 12)

@@ -75,7 +75,8 @@ class QLearning(Algorithm):
     Attributes:
         critic_updates, q_updates: optimiser steps an epoch.
         nodes: how many nodes each sees, over all processes.
-        keep: epochs of trajectories kept: the conditions hold for any behaviour.
+        keep: epochs of trajectories kept. The conditions hold for any behaviour, but V and q then move each other:
+            with many old actions in store they may run away.
         trace: as in `ctrl.evaluation`.
         critic_control: p = grad V of the critic, one more critic gradient a node; or else the policy's own slope.
     """
@@ -83,7 +84,7 @@ class QLearning(Algorithm):
     critic_updates: int = 40
     q_updates: int = 40
     nodes: int = 1024
-    keep: int = 4
+    keep: int = 2
     trace: float = 3.0
     critic_control: bool = True
 
