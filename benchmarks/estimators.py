@@ -11,9 +11,9 @@ of N steps (`grids.natural`, the default of `fit`). All of these are over |grad 
     variance_times_seconds          sd² times the seconds a trajectory takes: what the variance of the mean is after one
                                     CPU second. Times are those of cheap closed-form scores: with a large network it is
                                     calls that count, two a step for Heun's method and one for the rest
-    largest_share   of the sum of squares, what the single largest trajectory has. Light tails: a few thousandths. Where
+    largest_share   of the sum of squares, what the single largest trajectory has. Light tails: some thousandths. Where
                     it is much more, sd is no stable figure: between far modes the sensitivity of a path to its state
-                    has so heavy a tail that the adjoint and the pathwise gradient of mixture-1d have no useful one
+                    has so heavy a tail that adjoint and pathwise gradients of mixture-1d have none worth the name
 
 The continuous-time estimators run on Heun's method (trapezoid), the critic's form on Euler (left sum) and 2M, too. Two
 are discrete-time: "pathwise" differentiates through the whole rollout, "chain" is the discrete chain's own likelihood
@@ -26,7 +26,9 @@ of the actor: each epoch regresses on `ctrl.evaluation.targets` of fresh traject
 (trace 0) with the critic's own gradient for control variate. A critic's error is bias in the critic's form and in the
 TD form; as a baseline it costs variance alone. The time of the fit is not in the figures.
 
-The last panel is sd against the dimension d: d independent copies of gaussian-1d's data and reward, N = 20.
+The last panel is sd against the dimension d: d independent copies of gaussian-1d's data and reward, N = 20. Where a
+gradient is made coordinate by coordinate (critic, adjoint), sd over |grad J| falls as d^-1/2; where one number for the
+whole path multiplies every coordinate's noise (td, q-weighted, likelihood ratios), it levels off.
 """
 
 from __future__ import annotations
