@@ -4,7 +4,9 @@ Every algorithm learns every problem at several numbers of steps N, with several
 one set for all N and all problems). What is measured is the policy against the exact optimum on a fine grid with the
 same noise for all (`toy.scoreboard.score`), whatever grid it was trained on:
 
-    regret          (J* - J)/(J* - J_ref), mean over seeds, with the standard error of that mean; best and worst seed
+    regret          (J* - J)/(J* - J_ref), mean over seeds, with the standard error of that mean, its upper 95 % bound
+                    (Student's t), and the worst seed
+    diverged        seeds that ended with numbers that are not finite, or worse than the reference they started from
     to_10pct, to_5pct   trajectories until the regret is first below 10 % and 5 %, median over seeds
     control_error   KL(P || P*) in nats
     seconds         CPU seconds of learning; seconds_to_10pct until the regret is below 10 %
@@ -25,6 +27,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -33,14 +36,19 @@ from typing import Any
 import torch
 import tyro
 from matplotlib.figure import Figure
+from scipy.stats import t as student
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.report import Options, Row, table, write
-from ctrl import EulerMaruyama, Multistep2, StructuredCritic, grids
+from ctrl import EulerMaruyama, Multistep2, NetworkCritic, Noise, StructuredCritic, grids, rollout
 from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, Algorithm, PathConsistency, PolicyIteration, PPOPenalty
+from ctrl.evaluation import increments, targets
 from ctrl.fit import Run, Settings, fit
+from ctrl.replay import with_reward
+from ctrl.solvers import Solver
 from toy import catalogue
 from toy.catalogue import Entry
 from toy.networks import Policy, Value
@@ -48,7 +56,9 @@ from toy.scoreboard import reference_regret, score
 
 NAME = "algorithms"
 TRAJECTORIES = 10_240
-FINAL = 4096  # trajectories of the last score
+STEPS = (10, 20, 50, 100)
+FINAL = 2048  # trajectories of the last score
+CRITIC = 4  # a critic's learning rate over the policy's
 
 
 @dataclass(frozen=True)
@@ -57,19 +67,21 @@ class Method:
 
     algorithm: Callable[[], Algorithm]
     settings: dict[str, Any] = field(default_factory=dict)
+    critic: type[NetworkCritic | StructuredCritic] = NetworkCritic
 
 
-_DDPO = {"jitter": 0.0, "lr": 3e-3}
-METHODS: dict[str, Method] = {
+_CHAIN: dict[str, Any] = {"jitter": 0.0, "solver": EulerMaruyama(), "grid": grids.uniform}
+METHODS: dict[str, Method] = {  # learning rates other than the default's are what `--tune` found
     "actor-critic": Method(ActorCritic),
+    "actor-critic-structured": Method(ActorCritic, critic=StructuredCritic),
     "path-consistency": Method(PathConsistency),
     "policy-iteration": Method(PolicyIteration),
     "ppo": Method(PPOPenalty),
-    "adjoint-matching": Method(AdjointMatching),
-    "ddpo-euler": Method(DDPO, {**_DDPO, "solver": EulerMaruyama(), "grid": grids.uniform}),
-    "ddpo-2m": Method(DDPO, {**_DDPO, "solver": Multistep2()}),
+    "adjoint-matching": Method(AdjointMatching, {"lr": 2.5e-3}),
+    "ddpo-euler": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),
+    "ddpo-2m": Method(DDPO, {"jitter": 0.0, "solver": Multistep2(), "lr": 5e-3}),
     "ddpo-euler-public": Method(
-        lambda: DDPO(chain_kl=True), {**_DDPO, "solver": EulerMaruyama(left_noise=True), "grid": grids.uniform}
+        lambda: DDPO(chain_kl=True), {**_CHAIN, "solver": EulerMaruyama(left_noise=True), "lr": 5e-3}
     ),
 }
 MAIN = ("actor-critic", "path-consistency", "ddpo-euler", "ddpo-2m")
@@ -92,7 +104,7 @@ class AlgorithmOptions(Options):
     algorithm: str | None = None
     """module:Class of an algorithm of yours, made without arguments and run at the default settings."""
     full: bool = False
-    """Every learnable problem, every method, N = 10, 20, 50, 100."""
+    """What is committed: see `full`."""
     tune: bool = False
     """Search learning rates on random mixtures instead."""
     jobs: int = os.cpu_count() or 1
@@ -139,10 +151,12 @@ def run(job: Job) -> Row:
     settings = Settings(steps=job.steps, seed=job.seed, progress=False, **method.settings)
     settings = replace(settings, epochs=max(job.trajectories // settings.samples, 1))
     if job.lr is not None:
-        settings = replace(settings, lr=job.lr, critic_lr=job.lr)
+        settings = replace(settings, lr=job.lr, critic_lr=CRITIC * job.lr)
     problem = entry.problem
-    policy, critic = Policy(problem), StructuredCritic(problem, Value(problem))
-    scale = reference_regret(entry, 512, 60)
+    policy = Policy(problem, classes=entry.classes)
+    critic = method.critic(problem, Value(problem, classes=entry.classes))
+    idle = replace(settings, steps=2, samples=4, epochs=1, solver=EulerMaruyama())  # what happens once, such as imports
+    fit(problem, Policy(problem, classes=entry.classes), DDPO(), conditions=entry.condition, settings=idle)
     curve: list[tuple[int, float, float]] = []
     spent, began = 0.0, time.process_time()
 
@@ -151,11 +165,12 @@ def run(job: Job) -> Row:
         spent += time.process_time() - began
         n = metrics["trajectories"]
         if n <= 2048 or metrics["epoch"] % 4 == 0:
-            curve.append((n, float(score(entry, run.policy, samples=512, steps=60).regret.mean) / scale, spent))
+            curve.append((n, float(score(entry, run.policy, samples=512, steps=40).relative_regret.mean), spent))
         began = time.process_time()
 
+    given: dict[str, Any] = {"critic": critic, "conditions": entry.condition, "settings": settings}
     try:
-        result = fit(problem, policy, method.algorithm(), critic=critic, settings=settings, callbacks=[watch])
+        result = fit(problem, policy, method.algorithm(), callbacks=[watch], **given)
     except ValueError as failure:
         return {**asdict(job), "failed": str(failure)}
     final = score(entry, policy, critic if "critic_loss" in result.history[-1] else None, samples=FINAL, steps=100)
@@ -187,21 +202,28 @@ def first_below(curve: list[tuple[int, float, float]], level: float, column: int
 
 def jobs_of(options: AlgorithmOptions) -> list[Job]:
     """All runs that were asked for."""
-    problems, methods, steps = options.problem, options.method, options.steps
     if options.full:
-        problems, methods, steps = LEARNABLE, tuple(METHODS), (10, 20, 50, 100)
-    if options.algorithm:
-        methods = (*methods, options.algorithm)
-    seeds, trajectories = options.seeds, options.trajectories
-    if options.quick:
-        problems, methods, seeds, trajectories = ("gaussian-1d", "mixture-2d"), ("actor-critic", "ddpo-euler"), 1, 1280
-    return [
-        Job(problem, method, n, options.seed + seed, trajectories)
-        for problem in problems for method in methods for n in steps for seed in range(seeds)
-    ]  # fmt: skip
+        cases = full()
+    elif options.quick:
+        cases = list(product(("gaussian-1d", "mixture-2d"), ("actor-critic", "ddpo-euler"), (20,)))
+    else:
+        methods = (*options.method, options.algorithm) if options.algorithm else options.method
+        cases = list(product(options.problem, methods, options.steps))
+    seeds, trajectories = (1, 1280) if options.quick else (options.seeds, options.trajectories)
+    return [Job(*case, options.seed + seed, trajectories) for case in cases for seed in range(seeds)]
 
 
-LEARNABLE = tuple(name for name in catalogue.NAMES if not name.startswith("lq") and name != "mixture-2d-conditional")
+def full() -> list[tuple[str, str, int]]:
+    """The default algorithm on every problem at every N; DDPO, in all its variants, on mixture-2d at every N, and on
+    the Euler chain on every problem at N = 20; the other methods on the three default problems at N = 20, and the
+    structured critic on the hard one too."""
+    chains = [name for name in METHODS if name.startswith("ddpo")]
+    cases = [*product(["mixture-2d"], ["actor-critic", *chains], STEPS)]
+    cases += product(catalogue.NAMES, ["actor-critic", "ddpo-euler"], [20])
+    cases += product(AlgorithmOptions().problem, METHODS, [20])
+    cases += [("mixture-2d-rare-mode", "actor-critic-structured", 20)]
+    cases += product(catalogue.NAMES, ["actor-critic"], STEPS)
+    return list(dict.fromkeys(cases))
 
 
 def carry_out(jobs: list[Job], store: Path, workers: int) -> list[Row]:
@@ -227,12 +249,10 @@ def summarise(runs: Iterable[Row]) -> list[Row]:
     rows = []
     for (problem, method, steps, lr), group in groups.items():
         done = [r for r in group if r["failed"] is None]
+        regrets = [_number(r["regret"]) for r in done]
         row: Row = {"problem": problem, "algorithm": method, "steps": steps, "seeds": len(group), "lr": lr,
-                    "diverged": len(group) - len(done), "trajectories": group[0]["trajectories"]}  # fmt: skip
-        regrets = [_number(r["regret"]) for r in done] or [math.inf]
-        row |= {"regret": mean(regrets) if done else None,
-                "regret_se": stdev(regrets) / len(regrets) ** 0.5 if len(regrets) > 1 else None,
-                "regret_worst": max(regrets) if done else None}  # fmt: skip
+                    "diverged": len(group) - sum(regret < 1 for regret in regrets),
+                    "trajectories": group[0]["trajectories"], **about(regrets)}  # fmt: skip
         for name in ("to_10pct", "to_5pct", "seconds_to_10pct"):  # a seed that never gets there counts as late
             values = [math.inf if r[name] is None else _number(r[name]) for r in done] or [math.inf]
             row[name] = None if math.isinf(median(values)) else median(values)
@@ -243,13 +263,65 @@ def summarise(runs: Iterable[Row]) -> list[Row]:
     return rows
 
 
+def about(regrets: list[float]) -> Row:
+    """Mean, its standard error, its upper 95 % bound, the worst."""
+    n = len(regrets)
+    se = stdev(regrets) / n**0.5 if n > 1 else None
+    return {
+        "regret": mean(regrets) if n else None,
+        "regret_se": se,
+        "regret_upper": None if se is None else mean(regrets) + float(student.ppf(0.95, n - 1)) * se,
+        "regret_worst": max(regrets, default=None),
+    }
+
+
 def _number(value: Any) -> float:
     return float(value)
 
 
+@torch.no_grad()
+def objective_bias(entry: Entry, solver: Solver, times: Tensor, samples: int = 4096) -> float:
+    """By how much J of the exact optimum, as a method's own solver and quadrature see it, is off, over J* - J_ref.
+
+    With p = grad V* the sampled return less V*(0, X_0) has no variance left but that of the steps.
+    """
+    problem, ids = entry.problem, torch.arange(samples)
+    cond = entry.condition(ids)
+    path = rollout(problem, entry.optimal_policy, times, Noise(997), ids, solver=solver, cond=cond, dtype=torch.float64)
+    path = with_reward(path, problem.reward(path.x[-1], cond))
+    t, x, _ = path.flat()
+    everywhere = None if cond is None else cond.repeat(len(times))
+    a, a_ref, p = (
+        f(t, x, everywhere).unflatten(0, (len(times), samples))
+        for f in (entry.optimal_policy, problem.reference, entry.value.grad)
+    )
+    steps = increments(problem, path, a, a_ref, a, p, everywhere)
+    found = targets(problem, path, None, steps, trace=0)[0] - entry.value.value(t[:samples], path.x[0], cond)
+    return float(found.mean()) / reference_regret(entry)
+
+
+def over_steps(rows: list[Row]) -> list[Row]:
+    """How far apart the final regrets at several N lie, and the objective's own errors at these N."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["algorithm"] in METHODS and row["regret"] is not None and row["lr"] is None:
+            groups.setdefault((str(row["problem"]), str(row["algorithm"])), []).append(row)
+    found: list[Row] = []
+    for (problem, name), group in groups.items():
+        if len(group) > 1:
+            entry, settings = entry_of(problem), Settings(**METHODS[name].settings)
+            regrets, steps = [_number(r["regret"]) for r in group], [int(_number(r["steps"])) for r in group]
+            biases = [objective_bias(entry, settings.solver, settings.grid(entry.problem, n)) for n in steps]
+            found.append(
+                {"problem": problem, "algorithm": name, "from": min(steps), "to": max(steps),
+                 "regret_apart": max(regrets) - min(regrets), "objective_bias_apart": max(biases) - min(biases)}
+            )  # fmt: skip
+    return found
+
+
 def tune(options: AlgorithmOptions) -> list[Row]:
     """Learning rates on random mixtures, the same search for every method: mean regret over problems and seeds."""
-    rates = (1.5e-3, 3e-3, 6e-3, 1.2e-2)
+    rates = (2.5e-3, 5e-3, 1e-2, 2e-2)
     jobs = [
         Job(f"random-{k}", method, n, k, options.trajectories, lr)
         for method in options.method for lr in rates for n in options.steps for k in range(options.seeds)
@@ -258,14 +330,23 @@ def tune(options: AlgorithmOptions) -> list[Row]:
     return summarise([{**r, "problem": "random mixtures"} for r in runs])
 
 
+def compared(rows: list[Row]) -> list[tuple[str, int]]:
+    """The problems and N with more than one method; all, if there are none."""
+    methods: dict[tuple[str, int], set[Any]] = {}
+    for row in rows:
+        if "panel" not in row:
+            methods.setdefault((str(row["problem"]), int(str(row["steps"]))), set()).add(row["algorithm"])
+    return sorted(p for p, names in methods.items() if len(names) > 1) or sorted(methods)
+
+
 def draw(rows: list[Row], runs: list[Row]) -> Figure:
     """Regret against trajectories, a panel a problem and N, a line a method: median over seeds, band min to max."""
-    panels = sorted({(str(r["problem"]), int(str(r["steps"]))) for r in rows})
+    panels = compared(rows)
     figure = Figure(figsize=(3.2 * min(len(panels), 4), 2.8 * -(-len(panels) // 4)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).flatten()
     colours = dict(zip([*METHODS, "other"], PALETTE, strict=False))
     for ax, (problem, steps) in zip(axes, panels, strict=False):
-        for method in dict.fromkeys(str(r["algorithm"]) for r in rows):
+        for method in dict.fromkeys(str(r["algorithm"]) for r in rows if "panel" not in r):
             curves = [
                 json.loads(str(r["curve"])) for r in runs
                 if (r["problem"], r["method"], r["steps"]) == (problem, method, steps) and r["failed"] is None
@@ -284,8 +365,9 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
     return figure
 
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000", "#999999")
-COLUMNS = ["problem", "algorithm", "steps", "seeds", "regret", "regret_se", "regret_worst", "to_10pct", "to_5pct",
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000", "#F0E442", "#999999")
+COLUMNS = ["problem", "algorithm", "steps", "seeds", "regret", "regret_se", "regret_upper", "regret_worst",
+           "diverged", "to_10pct", "to_5pct",
            "seconds_to_10pct", "path_kl", "control_error", "critic_gradient_error", "seconds"]  # fmt: skip
 
 
@@ -300,6 +382,9 @@ def main(options: AlgorithmOptions) -> None:
     runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs)
     rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(str(r["steps"])), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
+    if apart := over_steps(rows):
+        print(table(apart, list(apart[0])))
+        rows += [{"panel": "over steps", **row} for row in apart]
     path = write(NAME, options, rows, began)
     draw(rows, runs).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")

@@ -64,7 +64,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.report import Options, Row, table, write
-from ctrl import Estimate, Heun, Mean, Noise, ScoreAsAction, StructuredCritic, greedy_policy, grids, rollout
+from ctrl import Estimate, Heun, Mean, NetworkCritic, Noise, ScoreAsAction, greedy_policy, grids, rollout
 from ctrl.algorithms import GaussianNetwork, QLearning
 from ctrl.fit import Run, Settings, fit
 from toy import catalogue, pde
@@ -250,7 +250,7 @@ def q_learning_run(epochs: int, seed: int) -> Tensor:
     problem = entry.problem
     torch.manual_seed(seed)
     policy = GaussianNetwork(problem, Policy(problem), width=2.0)
-    critic = StructuredCritic(problem, Value(problem))
+    critic = NetworkCritic(problem, Value(problem))
     path = rollout(
         problem, entry.optimal_policy, grids.uniform(problem, 40), Noise(998), torch.arange(256), solver=Heun()
     )
@@ -272,8 +272,8 @@ def q_learning_run(epochs: int, seed: int) -> Tensor:
         look()
 
     look()
-    settings = Settings(epochs=epochs, lr=2e-3, seed=seed, progress=False)
-    fit(problem, policy, QLearning(critic_control=False), critic=critic, settings=settings, callbacks=[watch])
+    settings = Settings(epochs=epochs, lr=5e-3, critic_lr=2e-2, seed=seed, progress=False)
+    fit(problem, policy, QLearning(), critic=critic, settings=settings, callbacks=[watch])
     return torch.stack(found).double()
 
 
@@ -299,7 +299,7 @@ def measure(options: Options) -> list[Row]:
         runs = [partial(newton, name) for name in LINEAR]
         runs += [partial(by_pde, beta, mesh, 8) for beta in BETAS]
         runs += [partial(pi_ft, beta, steps, 8) for beta in BETAS for steps in STEPS]
-        learning = partial(q_learning, 24, 3, options.seed)
+        learning = partial(q_learning, 40, 3, options.seed)
     rows = [row for run in tqdm(runs, "policy iteration", leave=False) for row in with_rates(list(run()))]
     return rows + list(learning())
 

@@ -32,6 +32,12 @@ from ctrl.qvalue import over_steps
 from ctrl.rollout import Trajectory
 
 
+def determined(problem: Problem) -> bool:
+    """Whether actions determine grad V at an optimum: B(t) is square."""
+    B = problem.control(torch.zeros(1))
+    return not isinstance(B, Matrix) or B.m.shape[-2] == B.m.shape[-1]
+
+
 def policy_slope(problem: Problem, t: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
     """p with B'p = R (a - a_ref), (n, *D): grad V if the policy is greedy for its own value, as the optimum is."""
     same_shape(a=a, a_ref=a_ref)

@@ -1,6 +1,6 @@
 """The one training loop: rollouts, what the algorithm learns from them, metrics, checkpoints.
 
-    result = fit(problem, policy, ActorCritic(), critic=StructuredCritic(problem, network), settings=Settings(steps=20))
+    result = fit(problem, policy, ActorCritic(), critic=NetworkCritic(problem, network), settings=Settings(steps=20))
 
 A toy problem and Stable Diffusion go through this same function. An epoch is: simulate `samples` trajectories under the
 current policy, ask the reward, put them in store, let the algorithm learn. Everything that is drawn is drawn by
@@ -11,6 +11,7 @@ processes; so the run does not depend on micro-batches, on the number of process
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -41,8 +42,16 @@ Conditions = Callable[[Tensor], Any]
 Loss = Callable[[Nodes], Tensor]
 """loss(nodes) -> (n,): each node's own share; its mean over nodes is what is minimised."""
 
+Label = Callable[[Nodes], dict[str, Tensor]]
+"""label(nodes) -> (n, ...) each: what to lay beside nodes, by name, without a graph."""
+
 Callback = Callable[["Run", dict[str, Any]], None]
 """callback(run, metrics), after every epoch."""
+
+
+def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+    """Adam, all parameters in one kernel."""
+    return torch.optim.Adam(parameters, lr=lr, fused=True)
 
 
 def linear_decay(progress: float) -> float:
@@ -81,9 +90,9 @@ class Settings:
     solver: Solver = field(default_factory=Heun)
     grid: Callable[[Any, int], Tensor] = grids.natural
     jitter: float = 0.4
-    lr: float = 3e-3
-    critic_lr: float = 6e-3
-    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    lr: float = 1e-2
+    critic_lr: float = 4e-2
+    optimizer: Callable[..., torch.optim.Optimizer] = adam
     schedule: Callable[[float], float] = linear_decay
     max_grad_norm: float = 1.0
     ema: float = 0.0
@@ -238,20 +247,22 @@ class Run:
 
     # what an algorithm may ask for
 
-    def at_nodes(self, f: Callable[[Tensor, Tensor, Any], Tensor], batch: Batch, samples: int | None = None) -> Tensor:
-        """f(t, x, cond) at every node of a batch, (N+1, B, ...), without a graph. samples: how many the batch has over
-        all processes, if not an epoch's."""
+    def at_nodes(self, f: Callable[..., Tensor], batch: Batch, *beside: str, samples: int | None = None) -> Tensor:
+        """f(t, x, *fields, cond) at every node of a batch, (N+1, B, ...), without a graph; the fields are those named
+        in `beside`. samples: how many the batch has over all processes, if not an epoch's."""
         t, x, ids = batch.trajectory.flat()
         self.counts["network_calls"] += (samples or self.settings.samples) * (batch.steps + 1)
-        return self._evaluate(f, t, x, ids).unflatten(0, (batch.steps + 1, batch.samples))
+        fields = [batch.fields[name].flatten(0, 1) for name in beside]
+        return self._evaluate(f, ids, t, x, *fields).unflatten(0, (batch.steps + 1, batch.samples))
 
-    def _evaluate(self, f: Callable[[Tensor, Tensor, Any], Tensor], t: Tensor, x: Tensor, ids: Tensor) -> Tensor:
-        """f(t, x, cond), `settings.batch` at a time."""
+    def _evaluate(self, f: Callable[..., Tensor], ids: Tensor, t: Tensor, x: Tensor, *fields: Tensor) -> Tensor:
+        """f(t, x, *fields, cond), `settings.batch` at a time."""
         parts = []
         for i in range(0, len(t), self.settings.batch):
             piece = slice(i, i + self.settings.batch)
             with torch.no_grad(), self.accelerator.autocast():
-                parts.append(f(t[piece], x[piece], self.conditions(ids[piece])).to(x.dtype))
+                given = (v[piece] for v in (t, x, *fields))
+                parts.append(f(*given, self.conditions(ids[piece])).to(x.dtype))
         return torch.cat(parts)
 
     def lay_actions(self) -> None:
@@ -273,19 +284,37 @@ class Run:
             return self.at_nodes(self.policy, batch)
         self.counts["network_calls"] += self.settings.samples
         t = batch_times(path.t[-1:], path.x.dtype, batch.samples)[0]
-        return torch.cat([path.a, self._evaluate(self.policy, t, path.x[-1], path.ids)[None]])
+        return torch.cat([path.a, self._evaluate(self.policy, path.ids, t, path.x[-1])[None]])
 
     def nodes(self, batch: Batch, k: range) -> Nodes:
         """All of a batch's nodes k, node by node."""
         index = torch.tensor(list(k)).repeat_interleave(batch.samples)
         return self._ready(batch.gather(index, torch.arange(batch.samples).repeat(len(k))))
 
-    def deal(self, updates: int, size: int, *, first: int = 0, last: int | None = None) -> Iterator[Nodes]:
+    def deal(self, updates: int, size: int, *, last: int | None = None, label: Label | None = None) -> Iterator[Nodes]:
         """`updates` hands of `size` nodes, counted over all processes, from a shuffled deck of what is in store; node
-        numbers from `first` to `last` (all). Yields this process's share of each."""
-        last = self.settings.steps if last is None else last
-        for nodes in self.replay.deal(updates, size, first, last, self._deck):
-            yield self._ready(nodes)
+        numbers up to `last` (all). Yields this process's share of each.
+
+        label: what to lay beside the nodes; of many hands at once, so it may not depend on what the updates move.
+        """
+        last, together = self.settings.steps if last is None else last, max(self.settings.batch // size, 1)
+        for drawn, sizes in self.replay.deal(updates, size, 0, last, self._deck, together):
+            nodes = self.labelled(self._ready(drawn), label, size * len(sizes))
+            for n, end in zip(sizes, itertools.accumulate(sizes), strict=True):
+                yield nodes.part(slice(end - n, end))
+
+    def labelled(self, nodes: Nodes, label: Label | None, size: int) -> Nodes:
+        """The nodes, `size` over all processes, with what label(nodes) gives for them; one network call each."""
+        if label is None:
+            return nodes
+        self.counts["network_calls"] += size
+        parts = []
+        for i in range(0, len(nodes), self.settings.batch):
+            with torch.no_grad(), self.accelerator.autocast():
+                parts.append(label(nodes.part(slice(i, i + self.settings.batch))))
+        names = parts[0] if parts else ()
+        laid = {name: torch.cat([part[name] for part in parts]).to(nodes.x.dtype) for name in names}
+        return replace(nodes, fields={**nodes.fields, **laid})
 
     def deal_paths(self, updates: int, size: int) -> Iterator[Batch]:
         """`updates` hands of `size` whole trajectories, counted over all processes, each hand from one epoch, from a

@@ -78,8 +78,9 @@ class Problem(ABC):
         """l(t, x), (B,)."""
         return x.new_zeros(len(x))
 
-    def endpoint(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        """A guess of X_T from X_t = x, (B, *D), right at t = T: the state itself, unless more is known."""
+    def endpoint(self, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        """Where X_t = x ends under the action a held, as far as that is known without a simulation, (B, *D), right at
+        t = T: the state itself, unless more is known."""
         return x
 
     def diffusion(self, t: Tensor) -> LinOp:
@@ -194,10 +195,6 @@ class ScoreAsAction(Problem):
             raise ValueError("eta = 0 is an ODE: path KL, V and log-densities do not exist; take eta > 0")
         return Scalar(self.beta * (1 + self.eta**2) ** 2 / (4 * self.eta**2) * self.rate(t))
 
-    def endpoint(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        """The reference's Tweedie mean."""
-        return self.x0hat(t, x, self.reference(t, x, cond))
-
-    def x0hat(self, t: Tensor, x: Tensor, score: Tensor) -> Tensor:
-        """The Tweedie mean E[X_{s_min} | X_s = x] under the given score; x itself at the data end."""
-        return self.noising.tweedie(self.s(t), x, score, self.s_min)
+    def endpoint(self, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        """The Tweedie mean E[X_{s_min} | X_s = x] if a is the score there."""
+        return self.noising.tweedie(self.s(t), x, a, self.s_min)

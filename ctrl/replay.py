@@ -129,16 +129,22 @@ class Replay:
         """Append a batch, and forget all but the last `keep`."""
         self.batches = [*self.batches, batch][-keep:]
 
-    def deal(self, updates: int, size: int, first: int, last: int, generator: torch.Generator) -> Iterator[Nodes]:
+    def deal(
+        self, updates: int, size: int, first: int, last: int, generator: torch.Generator, together: int = 1
+    ) -> Iterator[tuple[Nodes, list[int]]]:
         """`updates` hands of `size` nodes between `first` and `last` (counted over all processes), from a shuffled
-        deck of every node in store; a new deck when one is used up. Yields what this process holds of each."""
+        deck of every node in store; a new deck when one is used up. Yields what this process holds of `together` hands
+        at a time, one after the other, and how many nodes of each."""
         nodes = last - first + 1
         population, deck = nodes * self.samples * len(self.batches), torch.empty(0, dtype=torch.int64)
-        for _ in range(updates):
-            while len(deck) < size:
+        for done in range(0, updates, together):
+            cards = size * min(together, updates - done)
+            while len(deck) < cards:
                 deck = torch.cat([deck, torch.randperm(population, generator=generator)])
-            hand, deck = deck[:size], deck[size:]
-            yield self._mine(hand % nodes + first, hand // nodes)
+            hands, deck = deck[:cards], deck[cards:]
+            k, sample = hands % nodes + first, hands // nodes
+            mine = sample % self.samples % self.world == self.rank
+            yield self._mine(k[mine], sample[mine]), mine.view(-1, size).sum(1).tolist()
 
     def deal_paths(self, updates: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """`updates` hands of `size` whole trajectories (counted over all processes) of one epoch, since these share
@@ -158,11 +164,12 @@ class Replay:
             yield batch.take(hand[hand % self.world == self.rank] // self.world)
 
     def _mine(self, k: Tensor, sample: Tensor) -> Nodes:
-        """Of nodes k of the samples counted through all batches, those on this process."""
-        mine = sample % self.samples % self.world == self.rank
-        k, sample = k[mine], sample[mine]
+        """Nodes k of samples of this process, counted through all batches."""
         slot, b = sample // self.samples, sample % self.samples // self.world
-        return concatenate([batch.gather(k[slot == i], b[slot == i]) for i, batch in enumerate(self.batches)])
+        places = [(slot == i).nonzero()[:, 0] for i in range(len(self.batches))]
+        nodes = concatenate([batch.gather(k[at], b[at]) for batch, at in zip(self.batches, places, strict=True)])
+        order = torch.cat(places).argsort().to(nodes.k.device)
+        return nodes.each(lambda v: v[order])
 
 
 def with_reward(path: Trajectory, reward: Tensor) -> Trajectory:

@@ -1,10 +1,14 @@
 """Critics: V(t, x) and its gradient, exact or learned behind one interface.
 
-The structured critic (arXiv 2502.01819) starts from the reward itself: at the data end V = r, and before it r at the
-reference's Tweedie mean x0hat is a first guess, which a network corrects:
+A plain network of (t, x, x0hat) learns its end, V(T, .) = r, from the targets there. The structured critic (arXiv
+2502.01819) starts from the reward itself: at the data end V = r, and before it r at the reference's Tweedie mean x0hat
+is a first guess, which a network corrects:
 
     V(t, x) = c_skip(u) r(x0hat(t, x)) + c_out(u) F(t, x, x0hat, cond),   u = 1 - t/T the time to go,
     c_skip(0) = 1, c_out(0) = 0, so that V(T, .) = r exactly (x0hat = x there).
+
+Between far modes x0hat turns sharply with x, and r(x0hat) with it: grad V then starts with an error that F has to
+cancel, and the plain network does better (`benchmarks/algorithms.py`, "actor-critic-structured").
 """
 
 from __future__ import annotations
@@ -28,6 +32,10 @@ class Critic(ABC):
     @abstractmethod
     def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """V(t, x), (B,)."""
+
+    def value_beside(self, t: Tensor, x: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
+        """V(t, x), (B,), where a_ref(t, x), (B, *D'), is known: a critic that asks the reference may save the call."""
+        return self.value(t, x, cond)
 
     def grad(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """grad_x V(t, x), (B, *D), by automatic differentiation; a closed form may replace it."""
@@ -55,18 +63,34 @@ COSINE = Skip(lambda u: torch.cos(math.pi / 2 * u), lambda u: torch.sin(math.pi 
 LINEAR = Skip(lambda u: 1 - u, lambda u: u)
 
 
-class NetworkCritic(nn.Module, Critic):
+class LearnedCritic(nn.Module, Critic):
+    """A critic that looks at the state and at the reference's guess of where it ends."""
+
+    problem: Problem
+
+    @abstractmethod
+    def combine(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Any) -> Tensor:
+        """V, (B,)."""
+
+    def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        return self.value_beside(t, x, self.problem.reference(t, x, cond), cond)
+
+    def value_beside(self, t: Tensor, x: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
+        return self.combine(t, x, self.problem.endpoint(t, x, a_ref), cond)
+
+
+class NetworkCritic(LearnedCritic):
     """V = F(t, x, x0hat, cond), a network and nothing else."""
 
     def __init__(self, problem: Problem, network: Network) -> None:
         super().__init__()
         self.problem, self.network = problem, network
 
-    def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        return self.network(t, x, self.problem.endpoint(t, x, cond), cond)
+    def combine(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Any) -> Tensor:
+        return self.network(t, x, x0hat, cond)
 
 
-class StructuredCritic(nn.Module, Critic):
+class StructuredCritic(LearnedCritic):
     """V = c_skip(u) r(x0hat) + c_out(u) F(t, x, x0hat, cond).
 
     Args:
@@ -82,9 +106,8 @@ class StructuredCritic(nn.Module, Critic):
         self.problem, self.network, self.skip = problem, network, skip
         self.stand_in = reward  # the problem's own reward is not the critic's to train, even if it is a module
 
-    def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+    def combine(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Any) -> Tensor:
         u = (1 - t / self.problem.horizon).clamp(0, 1).to(x.dtype)
-        x0hat = self.problem.endpoint(t, x, cond)
         r: Reward = self.problem.reward if self.stand_in is None else self.stand_in
         reward, correction = r(x0hat, cond), self.network(t, x, x0hat, cond)
         same_shape(reward=reward, network=correction, u=u)

@@ -29,6 +29,7 @@ from ctrl.algorithms import (
     AdjointMatching,
     Algorithm,
     GaussianNetwork,
+    KLBudget,
     PathConsistency,
     PolicyIteration,
     PPOClip,
@@ -259,7 +260,7 @@ class Affine(nn.Module):
     def __init__(self, here: Case) -> None:
         super().__init__()
         self.problem = here.problem
-        self.shift = Linear(here, 2, lambda t: torch.from_numpy(here.lq.at(t.numpy()).R[:, 0, 0]).sqrt())
+        self.shift = Linear(here, 2, lambda t: torch.tensor(here.lq.at(t.numpy()).R[:, 0, 0]).sqrt())
 
     def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         return self.problem.reference(t, x, cond) + self.shift(t, x)[:, None]
@@ -360,3 +361,47 @@ def learn(name: str, algorithm: Algorithm, **settings: Any) -> Learned:
     result = fit(here.problem, policy, algorithm, critic=critic, settings=Settings(progress=False, **settings))
     exact = optimum(here)
     return Learned(exact.regret(affine), exact.value_error(critic), result.history, policy)
+
+
+# ------------------------------------------------------------------------------------------ where runs end
+
+REGRET, VALUE, WIDTH_ERROR = 0.005, 0.02, 0.05
+"""At most: (J* - J)/(J* - J_ref); sup |V - V*| over the range of V*; |variance/(gamma R^-1) - 1|."""
+
+GAUSSIAN = ["lq-1d", "gaussian-1d"]
+BUDGET: dict[str, Any] = {"epochs": 20, "lr": 1e-2, "critic_lr": 2e-2}
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_actor_critic_finds_the_optimum_and_its_value(name):
+    end = learn(name, ActorCritic(), **BUDGET)
+    assert end.regret <= REGRET
+    assert end.value_error <= VALUE
+
+
+@pytest.mark.parametrize("name", GAUSSIAN)
+def test_q_learning_finds_the_optimum_its_value_and_how_widely_to_explore(name):
+    """From 1.5 times the optimum's width; its variance is held against gamma R^-1 all along the horizon."""
+    end = learn(f"{name} exploring", QLearning(), **BUDGET)
+    assert end.regret <= REGRET
+    assert end.value_error <= VALUE
+    problem, t, one = end.policy.problem, torch.linspace(0, end.policy.problem.horizon, 11), torch.ones(11, 1)
+    variance = end.policy.root(t).apply(one).square() * problem.penalty(t).apply(one) / problem.gamma
+    assert float((variance.detach() - 1).abs().max()) <= WIDTH_ERROR
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [PPOPenalty(), PPOClip(), PolicyIteration(), PathConsistency(), AdjointMatching()],
+    ids=lambda a: type(a).__name__,
+)
+def test_every_algorithm_finds_the_optimum(algorithm):
+    assert learn("lq-1d", algorithm, **BUDGET).regret <= REGRET
+
+
+@pytest.mark.parametrize("nats", [0.05, 0.2])
+def test_a_kl_budget_is_kept(nats):
+    """The path KL settles at what was asked for: each epoch's is a mean over 256 samples, known to about 7 %."""
+    end = learn("gaussian-1d", KLBudget(ActorCritic(), nats=nats), **{**BUDGET, "epochs": 40})
+    kl = [epoch["kl"] for epoch in end.history[-15:]]
+    assert abs(sum(kl) / len(kl) / nats - 1) <= 0.1

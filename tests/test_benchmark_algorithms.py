@@ -2,23 +2,28 @@
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 import benchmarks.algorithms
 from benchmarks.algorithms import (
-    LEARNABLE,
     METHODS,
+    STEPS,
     AlgorithmOptions,
     Job,
     carry_out,
     draw,
     first_below,
     jobs_of,
+    objective_bias,
+    over_steps,
     run,
     summarise,
 )
+from ctrl import EulerMaruyama, Heun, grids
+from toy import catalogue
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -87,4 +92,34 @@ def test_first_below():
 def test_every_method_is_made():
     for method in METHODS.values():
         assert method.algorithm().keep >= 1
-    assert len(jobs_of(AlgorithmOptions(full=True, seeds=1))) == len(METHODS) * 4 * len(LEARNABLE)
+
+
+def test_what_is_committed_has_every_method_and_the_default_one_everywhere():
+    jobs = jobs_of(AlgorithmOptions(full=True, seeds=2))
+    assert len(set(jobs)) == len(jobs)
+    assert {job.method for job in jobs if job.problem == "mixture-2d"} == set(METHODS)
+    default = {(job.problem, job.steps, job.seed) for job in jobs if job.method == "actor-critic"}
+    assert default == set(product(catalogue.NAMES, STEPS, range(2)))
+
+
+def test_the_objective_of_a_fine_grid_is_the_exact_one():
+    """E[r - cost] of the optimum is J*; on few steps it is off by the order of the method, in its own units."""
+    entry = catalogue.get("gaussian-1d")
+
+    def bias(solver, grid, steps):
+        return abs(objective_bias(entry, solver, grid(entry.problem, steps)))
+
+    assert bias(Heun(), grids.natural, 200) < 0.01
+    assert bias(EulerMaruyama(), grids.uniform, 20) > 4 * bias(EulerMaruyama(), grids.uniform, 160)
+    assert bias(EulerMaruyama(), grids.uniform, 20) > 5 * bias(Heun(), grids.natural, 20)
+
+
+def test_how_far_regrets_lie_apart():
+    rows = [
+        {"problem": "gaussian-1d", "algorithm": "ddpo-euler", "steps": n, "regret": regret, "lr": None}
+        for n, regret in ((10, 0.3), (20, 0.1), (40, 0.2))
+    ]
+    (row,) = over_steps(rows)
+    assert row["regret_apart"] == pytest.approx(0.2) and (row["from"], row["to"]) == (10, 40)
+    assert 0.1 < row["objective_bias_apart"] < 1
+    assert over_steps(rows[:1]) == []

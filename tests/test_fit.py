@@ -218,6 +218,39 @@ def test_chunks_and_micro_batches_change_nothing(name):
     same_history(other.history, alone(name)["history"])
 
 
+class Labelled(Algorithm):
+    """Deals labelled hands, and learns nothing from them."""
+
+    keep = 2
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def learn(self, run):
+        run.lay_actions()
+        before = dict(run.counts)
+
+        def label(nodes):
+            self.seen.append(len(nodes))
+            return {"twice": 2 * nodes.x, "policy": run.policy(nodes.t, nodes.x, nodes.cond)}
+
+        for nodes in run.deal(7, 10, label=label):
+            assert len(nodes) == 10
+            close(nodes["twice"], 2 * nodes.x)
+            close(nodes["policy"], run.policy(nodes.t, nodes.x, nodes.cond).detach())
+            assert not nodes["policy"].requires_grad
+        assert run.counts["network_calls"] - before["network_calls"] == 70
+
+
+@pytest.mark.parametrize("batch, pieces", [(1000, [70]), (25, [20, 20, 20, 10]), (4, 7 * [4, 4, 2])])
+@pytest.mark.parametrize("name", ["mixture-2d", "mixture-2d-conditional"])
+def test_labels_lie_beside_their_nodes(name, batch, pieces):
+    """However many hands are drawn and labelled at a time: never more nodes than `batch`, nor less than a hand."""
+    seen = []
+    train(name, Labelled(seen), batch=batch, epochs=2)
+    assert seen == 2 * pieces
+
+
 class Once(Algorithm):
     """One optimiser step an epoch on a loss of its own, and the nodes it saw."""
 
@@ -311,9 +344,10 @@ def test_one_step_and_one_sample():
 
 def test_metrics_by_hand():
     """Two epochs with Heun (two calls a step), 24 samples, 6 steps, hands of 64, both kept: rollouts, the last action,
-    a_ref and V of the new batch, a and V of the old one, and one call for a node of each optimiser step."""
+    a_ref and V of the new batch, a and V of the old one, one call for a node of each optimiser step, and one for the
+    critic's gradient where the policy learns."""
     first, second = train(epochs=2).result.history
-    nodes, rollout, updates = 24 * 7, 24 * 6 * 2, (3 + 3) * 64
+    nodes, rollout, updates = 24 * 7, 24 * 6 * 2, (3 + 3 + 3) * 64
     epoch = rollout + 24 + 2 * nodes + updates
     assert first["network_calls"] == epoch
     assert second["network_calls"] == 2 * epoch + 2 * nodes
@@ -455,7 +489,7 @@ def test_settings_are_checked(name, value, message):
 @pytest.mark.parametrize(
     "algorithm, critic, settings, message",
     [
-        (ACTOR_CRITIC, None, {}, r"critic must be given: .* \(see ctrl.StructuredCritic\)"),
+        (ACTOR_CRITIC, None, {}, r"critic must be given: .* \(see ctrl.NetworkCritic\)"),
         (DDPO(), None, {"solver": Heun()}, "solver Heun has no transition density, .* take EulerMaruyama, DDIM"),
         (DDPO(), None, {"solver": DDIM(), "resume": True}, "resume needs settings.out"),
     ],

@@ -55,16 +55,16 @@ def test_a_policy_of_a_class_starts_from_its_guess():
     """Two classes at one state differ by the reference and by what the network makes of x0hat under it."""
     problem, t, x, cond, a_ref = inputs("mixture-2d-conditional")
     policy = wake(Policy(problem))
-    guess = problem.x0hat(t, x, a_ref)
+    guess = problem.endpoint(t, x, a_ref)
     assert torch.equal(policy(t, x, cond), a_ref + policy.network(t, x, guess))
-    assert not torch.equal(guess, problem.x0hat(t, x, problem.reference(t, x, (cond + 1) % 3)))
+    assert not torch.equal(guess, problem.endpoint(t, x, problem.reference(t, x, (cond + 1) % 3)))
 
 
 @every
 def test_a_value_starts_at_zero(name):
     """One number a sample, zero before training; then a function of t, x and, in a diffusion, x0hat."""
-    problem, t, x, cond, _ = inputs(name)
-    value, guess = Value(problem), problem.endpoint(t, x, cond)
+    problem, t, x, cond, a_ref = inputs(name)
+    value, guess = Value(problem), problem.endpoint(t, x, a_ref)
     assert torch.equal(value(t, x, guess, cond), torch.zeros(6))
     F = wake(value)(t, x, guess, cond)
     assert F.shape == (6,)
@@ -77,11 +77,11 @@ def test_a_value_starts_at_zero(name):
 def test_features_are_finite_at_both_ends(name, hidden):
     """The input of the first layer, on the whole horizon and a rounding beyond, is finite and of order one; so are the
     output and its gradient."""
-    problem, t, x, cond, a_ref = inputs(name, n=9)
+    problem, t, x, _, a_ref = inputs(name, n=9)
     seen = []
     network = wake(Policy(problem, hidden)).network
     network.layers[0].register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach()))
-    guess = problem.endpoint(t, x, cond)
+    guess = problem.endpoint(t, x, a_ref)
     for shift in (0.0, 1e-9):
         x = x.requires_grad_()
         out = network(t + shift, x, guess)
@@ -100,12 +100,12 @@ def test_features_are_finite_at_both_ends(name, hidden):
 @pytest.mark.parametrize("time", [torch.float32, torch.float64])
 def test_precision(name, dtype, time):
     """Modules of either precision answer in that of the states, whatever the times have."""
-    problem, t, x, cond, _ = inputs(name)
+    problem, t, x, cond, a_ref = inputs(name)
     policy, value = (wake(m(problem)).to(dtype) for m in (Policy, Value))
     t, x = t.to(time), x.to(dtype)
     a = policy(t, x, cond)
     assert a.dtype == dtype and bool(torch.isfinite(a).all())
-    assert value(t, x, problem.endpoint(t, x, cond), cond).dtype == dtype
+    assert value(t, x, problem.endpoint(t, x, a_ref.to(dtype)), cond).dtype == dtype
 
 
 def test_a_module_made_in_float32_stays_there():
@@ -135,13 +135,28 @@ def test_perceptron_by_hand():
 @every
 def test_networks_are_trained_whole(name):
     """Every parameter of a policy and of a value has a gradient once the last layer is awake."""
-    problem, t, x, cond, _ = inputs(name)
+    problem, t, x, cond, a_ref = inputs(name)
     for module, out in (
         (policy := wake(Policy(problem)), lambda: policy(t, x, cond)),
-        (value := wake(Value(problem)), lambda: value(t, x, problem.endpoint(t, x, cond), cond)),
+        (value := wake(Value(problem)), lambda: value(t, x, problem.endpoint(t, x, a_ref), cond)),
     ):
         out().square().sum().backward()
         assert all(w.grad is not None and float(w.grad.abs().max()) > 0 for w in module.parameters())
+
+
+def test_a_network_of_classes_tells_them_apart():
+    """One-hot inputs: at the same state and guess each class has its own output; every weight of theirs learns."""
+    problem, t, x, cond, a_ref = inputs("mixture-2d-conditional")
+    classes = catalogue.get("mixture-2d-conditional").classes
+    for module, call in (
+        (policy := wake(Policy(problem, classes=classes)), lambda c: policy.network(t, x, a_ref, c)),
+        (value := wake(Value(problem, classes=classes)), lambda c: value(t, x, a_ref, c)[:, None]),
+    ):
+        out = torch.stack([call((cond + k) % classes) for k in range(classes)])
+        assert bool((out.diff(dim=0) != 0).all())
+        out.square().sum().backward()
+        assert float(module.network.layers[0].weight.grad[:, -4 - classes :].abs().min()) > 0
+    assert classes == 3 and catalogue.get("mixture-2d").classes == 0
 
 
 def test_the_reference_is_not_copied():

@@ -1,6 +1,7 @@
 """What a learner sees: every node once a deck, the same hands whatever the processes, weights that integrate."""
 
 import dataclasses
+import itertools
 from collections import Counter
 
 import pytest
@@ -38,6 +39,14 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def hands(store, updates, size, first, last, generator, together=1):
+    """Each hand by itself."""
+    for nodes, sizes in store.deal(updates, size, first, last, generator, together):
+        assert sum(sizes) == len(nodes)
+        for n, end in zip(sizes, itertools.accumulate(sizes), strict=True):
+            yield nodes.part(slice(end - n, end))
+
+
 def cards(nodes):
     return list(zip(nodes.k.tolist(), nodes.ids.tolist(), strict=True))
 
@@ -48,7 +57,7 @@ def test_a_deck_has_every_node_once(epochs, samples, steps, size, inner):
     first, last = (1, steps - 1) if inner and steps > 1 else (0, steps)
     every = [(k, i) for k in range(first, last + 1) for i in range(epochs * samples)]
     seen = Counter(dict.fromkeys(every, 0))
-    for n, hand in enumerate(replay(epochs, samples, steps).deal(12, size, first, last, seeded()), 1):
+    for n, hand in enumerate(hands(replay(epochs, samples, steps), 12, size, first, last, seeded()), 1):
         assert len(hand) == size
         seen.update(cards(hand))
         assert len(seen) == len(every)
@@ -57,7 +66,7 @@ def test_a_deck_has_every_node_once(epochs, samples, steps, size, inner):
 
 
 def test_every_deck_is_shuffled_anew():
-    decks = [cards(hand) for hand in replay(1, 7, 7).deal(3, 56, 0, 7, seeded())]
+    decks = [cards(hand) for hand in hands(replay(1, 7, 7), 3, 56, 0, 7, seeded())]
     assert decks[0] != decks[1] != decks[2] != decks[0]
     assert sorted(decks[0]) not in decks
 
@@ -66,8 +75,8 @@ def test_every_deck_is_shuffled_anew():
 def test_processes_share_a_hand(epochs, samples, steps, size, world):
     """The union is what one process would be dealt, and no node is with two."""
     world = min(world, samples)
-    one = replay(epochs, samples, steps).deal(5, size, 0, steps, seeded(3))
-    parts = [replay(epochs, samples, steps, r, world).deal(5, size, 0, steps, seeded(3)) for r in range(world)]
+    one = hands(replay(epochs, samples, steps), 5, size, 0, steps, seeded(3))
+    parts = [hands(replay(epochs, samples, steps, r, world), 5, size, 0, steps, seeded(3)) for r in range(world)]
     for whole, *shares in zip(one, *parts, strict=True):
         assert Counter(cards(whole)) == sum((Counter(cards(share)) for share in shares), Counter())
         for rank, share in enumerate(shares):
@@ -77,7 +86,7 @@ def test_processes_share_a_hand(epochs, samples, steps, size, world):
 @given(COUNTS, COUNTS, COUNTS, st.integers(1, 3))
 def test_a_node_carries_what_is_its_own(epochs, samples, steps, world):
     for rank in range(min(world, samples)):
-        for nodes in replay(epochs, samples, steps, rank, world).deal(3, 25, 0, steps, seeded()):
+        for nodes in hands(replay(epochs, samples, steps, rank, world), 3, 25, 0, steps, seeded()):
             assert torch.equal(nodes.x, torch.stack([nodes.k, nodes.ids], 1).double())
             assert torch.equal(nodes["thrice"], 3 * nodes.x)
             torch.testing.assert_close(nodes.t, (nodes.k / steps) ** (1 + nodes.ids // samples), rtol=1e-14, atol=0)
@@ -86,9 +95,17 @@ def test_a_node_carries_what_is_its_own(epochs, samples, steps, world):
             torch.testing.assert_close(nodes.w, (steps + 1) * step[nodes.ids // samples, nodes.k])
 
 
+@given(COUNTS, COUNTS, COUNTS, st.integers(1, 40), st.integers(1, 3), st.integers(1, 9))
+def test_hands_are_the_same_however_many_are_drawn_together(epochs, samples, steps, size, world, together):
+    for rank in range(min(world, samples)):
+        store = replay(epochs, samples, steps, rank, min(world, samples))
+        one, many = (hands(store, 7, size, 0, steps, seeded(), n) for n in (1, together))
+        assert [sorted(cards(hand)) for hand in one] == [sorted(cards(hand)) for hand in many]
+
+
 def test_a_generator_decides_the_order():
     def dealt(seed):
-        return [cards(hand) for hand in replay(2, 5, 3).deal(4, 10, 0, 3, seeded(seed))]
+        return [cards(hand) for hand in hands(replay(2, 5, 3), 4, 10, 0, 3, seeded(seed))]
 
     assert dealt(1) == dealt(1) != dealt(2)
 
@@ -105,7 +122,7 @@ def test_the_mean_of_w_h_over_nodes_is_the_integral(solver, grid, steps, seed):
     times = grids.jitter(grid(problem, steps), torch.rand(steps - 1, generator=seeded(seed)) - 0.5)
     path = rollout(problem, problem.reference, times, Noise(seed), torch.arange(5), solver=solver)
     store = Replay(5, batches=[Batch(path)])
-    (nodes,) = store.deal(1, 5 * (steps + 1), 0, steps, seeded(seed))
+    (nodes,) = hands(store, 1, 5 * (steps + 1), 0, steps, seeded(seed))
 
     def h(t, x, cond):
         return torch.cos(3 * t) * x[:, 0] + x.square().sum(1)
@@ -176,7 +193,7 @@ def test_what_is_laid_must_fit(shape):
 
 
 def test_a_part_has_its_own_conditions():
-    (nodes,) = replay(2, 3, 2).deal(1, 10, 0, 2, seeded())
+    (nodes,) = hands(replay(2, 3, 2), 1, 10, 0, 2, seeded())
     nodes = dataclasses.replace(nodes, cond=nodes.ids % 3)
     part = nodes.part(slice(4, 7))
     assert len(part) == 3

@@ -138,7 +138,7 @@ def test_check_says_when_nothing_is_learned():
     [
         (dataclasses.replace(catalogue.get("gaussian-1d").problem, eta=0.0), ActorCritic(), "take eta > 0"),
         (dataclasses.replace(catalogue.get("gaussian-1d").problem, beta=0.0), ActorCritic(), "beta must be > 0"),
-        (catalogue.get("lq-4d").problem, ActorCritic(), "critic_control must be True"),
+        (catalogue.get("lq-4d").problem, PathConsistency(), "B must be square"),
     ],
 )
 def test_what_has_no_greedy_action_is_refused_before_a_rollout(problem, algorithm, message):

@@ -187,7 +187,7 @@ def test_the_ode_reaches_clean_data(gaussian):
     times = grids.uniform(problem, 50)
     path = rollout(problem, problem.reference, times, Noise(0), torch.arange(3), solver=Exponential())
     last, t = path.x[-2], times[-2].expand(3)
-    torch.testing.assert_close(path.x[-1], problem.x0hat(t, last, problem.reference(t, last)))
+    torch.testing.assert_close(path.x[-1], problem.endpoint(t, last, problem.reference(t, last)))
 
 
 def test_exact_transitions_take_no_exploration():

@@ -129,6 +129,26 @@ def test_the_condition_reaches_the_reference():
     close(of_class.value(t, x, cond), fixed.value(t, x, cond))
 
 
+@pytest.mark.parametrize("kind", [StructuredCritic, NetworkCritic])
+def test_a_known_action_of_the_reference_saves_the_call(kind):
+    """V beside a_ref is V, and the reference is not asked again."""
+    p, x, t, cond = problem(VPLinear()), states(), torch.full((5,), 0.4), torch.arange(5.0, dtype=torch.float64)
+    p = replace(p, reference=lambda t, x, c, s_ref=p.reference: s_ref(t, x, c) + c[:, None])
+
+    def seen(t, x, x0hat, c):
+        return x0hat.square().sum(1) + c
+
+    a_ref, V = p.reference(t, x, cond), kind(p, seen).value(t, x, cond)
+    silent = kind(replace(p, reference=None), seen)
+    assert torch.equal(silent.value_beside(t, x, a_ref, cond), V)
+    assert not torch.isclose(silent.value_beside(t, x, a_ref + 1, cond), V).any()
+
+
+def test_a_critic_that_never_asks_ignores_it():
+    x, t = states(), torch.full((5,), 0.4)
+    assert torch.equal(Quadratic().value_beside(t, x, None), Quadratic().value(t, x))
+
+
 def test_default_pair_is_the_papers():
     """c_skip = cos(pi u/2), c_out = sin(pi u/2)."""
     assert StructuredCritic(problem(VPLinear()), network).skip is COSINE

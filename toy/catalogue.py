@@ -45,7 +45,12 @@ class Entry:
 
     def condition(self, ids: Tensor) -> Tensor | None:
         """A condition for each sample, (B,), spread evenly; None where the problem has none."""
-        return ids % len(self.exact.classes) if isinstance(self.exact, GuidedMixture) else None
+        return ids % self.classes if self.classes else None
+
+    @property
+    def classes(self) -> int:
+        """How many conditions there are; 0 where the problem has none."""
+        return len(self.exact.classes) if isinstance(self.exact, GuidedMixture) else 0
 
 
 def _f64(values: Any) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ctrl import grids
 from ctrl.algorithms import Algorithm
 from ctrl.estimate import Estimate
-from ctrl.fit import Learner, Loss, Run, Settings
+from ctrl.fit import Label, Learner, Loss, Run, Settings
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
 from ctrl.linop import dot
@@ -97,6 +97,7 @@ def score(
     )
 
 
+@cache
 @torch.no_grad()
 def reference_regret(entry: Entry, samples: int = 2048, steps: int = 200, seed: int = 999) -> float:
     """J* - J of the reference, the unit of relative regrets."""
@@ -156,9 +157,9 @@ class _Probed(Exception):
 class _Probe(Run):
     """A run that learns nothing: it deals all nodes at once and stops at the policy's first gradient."""
 
-    def deal(self, updates: int, size: int, *, first: int = 0, last: int | None = None) -> Iterator[Nodes]:
-        last = self.settings.steps if last is None else last
-        yield self.nodes(self.replay.batches[-1], range(first, last + 1))
+    def deal(self, updates: int, size: int, *, last: int | None = None, label: Label | None = None) -> Iterator[Nodes]:
+        nodes = self.nodes(self.replay.batches[-1], range((self.settings.steps if last is None else last) + 1))
+        yield self.labelled(nodes, label, len(nodes))
 
     def deal_paths(self, updates: int, size: int) -> Iterator[Batch]:
         yield self.replay.batches[-1]

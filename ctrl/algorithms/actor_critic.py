@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm
-from ctrl.evaluation import increments, policy_slope, targets
+from ctrl.algorithms.base import Algorithm, check_price
+from ctrl.evaluation import determined, increments, policy_slope, targets
 from ctrl.gaussian import Mean
-from ctrl.linop import Matrix, dot
-from ctrl.problem import Problem, ScoreAsAction
+from ctrl.linop import dot
+from ctrl.problem import Problem
 from ctrl.qvalue import greedy
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -40,13 +40,14 @@ class ActorCritic(Algorithm):
         keep: epochs of trajectories kept.
         trace: decay of the critic's own values in its targets, in units of 1/T (`ctrl.evaluation.targets`).
         critic_control: take the critic's gradient for the control variate and the off-policy correction, one more
-            critic gradient a node, instead of the policy's own slope.
+            critic gradient a node, instead of the policy's own slope. It is taken anyway where actions do not determine
+            grad V, because B is not square.
     """
 
-    critic_updates: int = 40
-    actor_updates: int = 40
+    critic_updates: int = 20
+    actor_updates: int = 20
     nodes: int = 1024
-    keep: int = 8
+    keep: int = 4
     trace: float = 3.0
     critic_control: bool = False
 
@@ -56,19 +57,18 @@ class ActorCritic(Algorithm):
             batch.lay("target", self.targets(run, batch))
         for nodes in run.deal(self.critic_updates, self.nodes):
             run.update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
-        for nodes in run.deal(self.actor_updates, self.nodes):
-            run.update("policy", lambda n: actor_loss(run.problem, run.policy, run.critic, n), nodes, self.nodes)
+        improve(run, self.actor_updates, self.nodes)
 
     def targets(self, run: Run, batch: Batch) -> Tensor:
         """What the critic is to be at each node, (N+1, B)."""
         newest, a_ref, a_old = batch is run.replay.batches[-1], batch.fields["a_ref"], batch.fields["a_old"]
         a = a_old if newest else run.at_nodes(run.policy, batch)  # nothing has moved since it acted
-        if self.critic_control:
+        if self.critic_control or not determined(run.problem):
             p = run.at_nodes(run.critic.grad, batch)
         else:
             t, _, _ = batch.trajectory.flat()
             p = policy_slope(run.problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(batch.trajectory.x.shape)
-        value = run.at_nodes(run.critic.value, batch) if self.trace else None
+        value = run.at_nodes(run.critic.value_beside, batch, "a_ref") if self.trace else None
         _, _, ids = batch.trajectory.flat()
         cond = run.conditions(ids)
         steps = increments(run.problem, batch.trajectory, a, a_ref, a_old, p, cond)
@@ -76,25 +76,27 @@ class ActorCritic(Algorithm):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if critic is None:
-            raise ValueError("critic must be given: ActorCritic learns V (see ctrl.StructuredCritic)")
-        start = torch.zeros(1)
-        problem.penalty(start)  # eta = 0 has no path KL, and says so
-        if isinstance(problem, ScoreAsAction) and problem.beta == 0:
-            raise ValueError("beta must be > 0: without a price on actions no action is greedy")
-        B = problem.control(start)
-        if not self.critic_control and isinstance(B, Matrix) and B.m.shape[-2] != B.m.shape[-1]:
-            raise ValueError("critic_control must be True: B is not square, so no p has B'p = R (a - a_ref)")
+            raise ValueError("critic must be given: ActorCritic learns V (see ctrl.NetworkCritic)")
+        check_price(problem)
 
 
 def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:
     """|target - V|², (n,)."""
-    return (nodes["target"] - critic.value(nodes.t, nodes.x, nodes.cond)).square()
+    return (nodes["target"] - critic.value_beside(nodes.t, nodes.x, nodes["a_ref"], nodes.cond)).square()
 
 
-def actor_loss(problem: Problem, policy: Mean, critic: Critic, nodes: Nodes) -> Tensor:
-    """w ½ e^{-rho t} |a - a*|²_R, (n,)."""
-    a_ref = nodes["a_ref"]
-    best = greedy(problem, nodes.t, a_ref, critic.grad(nodes.t, nodes.x, nodes.cond)).detach()
-    miss = policy(nodes.t, nodes.x, nodes.cond) - best
+def improve(run: Run, updates: int, size: int) -> None:
+    """The policy regresses on the action that is greedy for the critic: `updates` optimiser steps of `size` nodes."""
+
+    def label(n: Nodes) -> dict[str, Tensor]:
+        return {"best": greedy(run.problem, n.t, n["a_ref"], run.critic.grad(n.t, n.x, n.cond))}
+
+    for nodes in run.deal(updates, size, label=label):
+        run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, size)
+
+
+def actor_loss(problem: Problem, policy: Mean, nodes: Nodes) -> Tensor:
+    """w ½ e^{-rho t} |a - best|²_R, (n,)."""
+    miss = policy(nodes.t, nodes.x, nodes.cond) - nodes["best"]
     decay = torch.exp(-problem.discount * nodes.t)
     return nodes.w * decay * dot(miss, problem.penalty(nodes.t).apply(miss)) / 2

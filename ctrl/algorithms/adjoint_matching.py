@@ -23,11 +23,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm
-from ctrl.gaussian import Mean
+from ctrl.algorithms.actor_critic import actor_loss
+from ctrl.algorithms.base import Algorithm, check_price
 from ctrl.gradient import adjoint, lean_adjoint
-from ctrl.linop import dot
-from ctrl.problem import Problem, ScoreAsAction
+from ctrl.problem import Problem
 from ctrl.qvalue import greedy
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -53,8 +52,12 @@ class AdjointMatching(Algorithm):
         run.lay_actions()
         (batch,) = run.replay.batches
         batch.lay("p", self.adjoints(run, batch))
-        for nodes in run.deal(self.updates, self.nodes):
-            run.update("policy", lambda n: matching_loss(run.problem, run.policy, n), nodes, self.nodes)
+
+        def label(n: Nodes) -> dict[str, Tensor]:
+            return {"best": greedy(run.problem, n.t, n["a_ref"], n["p"])}
+
+        for nodes in run.deal(self.updates, self.nodes, label=label):
+            run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, self.nodes)
 
     def adjoints(self, run: Run, batch: Batch) -> Tensor:
         """p at every node, (N+1, B, *D), `settings.batch` paths at a time."""
@@ -71,14 +74,4 @@ class AdjointMatching(Algorithm):
         return torch.cat(parts, 1)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        problem.penalty(torch.zeros(1))  # eta = 0 has no path KL, and says so
-        if isinstance(problem, ScoreAsAction) and problem.beta == 0:
-            raise ValueError("beta must be > 0: without a price on actions no action is greedy")
-
-
-def matching_loss(problem: Problem, policy: Mean, nodes: Nodes) -> Tensor:
-    """w ½ e^{-rho t} |a - a_ref - R^-1 B' p|²_R, (n,)."""
-    best = greedy(problem, nodes.t, nodes["a_ref"], nodes["p"])
-    miss = policy(nodes.t, nodes.x, nodes.cond) - best
-    decay = torch.exp(-problem.discount * nodes.t)
-    return nodes.w * decay * dot(miss, problem.penalty(nodes.t).apply(miss)) / 2
+        check_price(problem)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ctrl.gaussian import GaussianPolicy, Mean
-from ctrl.problem import Problem
+from ctrl.problem import Problem, ScoreAsAction
 from ctrl.regularize import path_kl
 from ctrl.rollout import Trajectory
 from ctrl.solvers import Solver
@@ -43,3 +44,10 @@ class Algorithm(ABC):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:  # noqa: B027
         """Raise, before anything expensive, if this cannot learn from that."""
+
+
+def check_price(problem: Problem) -> None:
+    """Raise unless actions have a price: without one no action is greedy, and V is not fixed by a KL."""
+    problem.penalty(torch.zeros(1))  # eta = 0 has no path KL, and says so
+    if isinstance(problem, ScoreAsAction) and problem.beta == 0:
+        raise ValueError("beta must be > 0: without a price on actions no action is greedy")

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import critic_loss
-from ctrl.algorithms.base import Algorithm
-from ctrl.evaluation import increments, policy_slope, soft_cost, targets
+from ctrl.algorithms.base import Algorithm, check_price
+from ctrl.evaluation import determined, increments, policy_slope, soft_cost, targets
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
-from ctrl.linop import Matrix, dot
-from ctrl.problem import Problem, ScoreAsAction
+from ctrl.linop import dot
+from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -71,13 +71,13 @@ class PathConsistency(Algorithm):
     def lay_residuals(self, run: Run, batch: Batch, paths: int) -> None:
         """Beside each node: V's target, and what the policy's h and p there are multiplied by."""
         problem, path = run.problem, batch.trajectory
-        a, a_ref = run.at_nodes(run.policy, batch, paths), batch.fields["a_ref"]
+        a, a_ref = run.at_nodes(run.policy, batch, samples=paths), batch.fields["a_ref"]
         t, _, ids = path.flat()
         p = policy_slope(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(path.x.shape)
         steps = increments(problem, path, a, a_ref, batch.fields["a_old"], p, run.conditions(ids))
         target = targets(problem, path, None, steps, trace=0)
         decay = torch.exp(-problem.discount * path.t).to(target)[:, None]
-        residual = decay * (target - run.at_nodes(run.critic.value, batch, paths))
+        residual = decay * (target - run.at_nodes(run.critic.value_beside, batch, "a_ref", samples=paths))
         w = node_weights(path.w).to(residual)[:, None]
         so_far = (steps.shape[0] + 1) * (w * residual).cumsum(0) / w.cumsum(0)  # times N+1: a mean over nodes is a sum
         left, right = path.w.to(residual)[..., None]
@@ -91,13 +91,9 @@ class PathConsistency(Algorithm):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if critic is None:
-            raise ValueError("critic must be given: PathConsistency learns V (see ctrl.StructuredCritic)")
-        start = torch.zeros(1)
-        problem.penalty(start)  # eta = 0 has no path KL, and says so
-        if isinstance(problem, ScoreAsAction) and problem.beta == 0:
-            raise ValueError("beta must be > 0: V is fixed by the KL it takes to get there")
-        B = problem.control(start)
-        if isinstance(B, Matrix) and B.m.shape[-2] != B.m.shape[-1]:
+            raise ValueError("critic must be given: PathConsistency learns V (see ctrl.NetworkCritic)")
+        check_price(problem)
+        if not determined(problem):
             raise ValueError("B must be square: else actions do not determine grad V, and no residual vanishes")
 
 

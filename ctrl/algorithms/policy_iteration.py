@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ctrl.algorithms.actor_critic import ActorCritic, actor_loss
+from ctrl.algorithms.actor_critic import ActorCritic, improve
 from ctrl.algorithms.base import Algorithm
 from ctrl.problem import Problem
 from ctrl.solvers import Solver
@@ -33,8 +33,8 @@ class PolicyIteration(Algorithm):
     """
 
     rounds: int = 2
-    critic_updates: int = 100
-    actor_updates: int = 200
+    critic_updates: int = 50
+    actor_updates: int = 100
     nodes: int = 1024
 
     @property
@@ -45,8 +45,7 @@ class PolicyIteration(Algorithm):
     def learn(self, run: Run) -> None:
         for _ in range(self.rounds):
             self.evaluation.learn(run)
-        for nodes in run.deal(self.actor_updates, self.nodes):
-            run.update("policy", lambda n: actor_loss(run.problem, run.policy, run.critic, n), nodes, self.nodes)
+        improve(run, self.actor_updates, self.nodes)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         self.evaluation.check(problem, solver, critic)

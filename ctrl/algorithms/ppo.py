@@ -53,7 +53,7 @@ class PPO(Algorithm, ABC):
     """
 
     nats: float = 0.5
-    updates: int = 40
+    updates: int = 20
     nodes: int = 1024
     evaluation: ActorCritic = field(default_factory=lambda: ActorCritic(actor_updates=0, keep=1))
 
@@ -64,8 +64,11 @@ class PPO(Algorithm, ABC):
     def learn(self, run: Run) -> None:
         self.evaluation.learn(run)
         (batch,) = run.replay.batches
-        batch.lay("grad_v", run.at_nodes(run.critic.grad, batch))
-        for nodes in run.deal(self.updates, self.nodes):
+
+        def label(n: Nodes) -> dict[str, Tensor]:
+            return {"grad_v": run.critic.grad(n.t, n.x, n.cond)}
+
+        for nodes in run.deal(self.updates, self.nodes, label=label):
             run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
         (t, _, _), a_old = batch.trajectory.flat(), batch.fields["a_old"]
         moved = kl_rate(run.problem, t, run.at_nodes(run.policy, batch).flatten(0, 1), a_old.flatten(0, 1))

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 
 from ctrl.algorithms.actor_critic import critic_loss
 from ctrl.algorithms.base import Algorithm
-from ctrl.evaluation import martingale, policy_slope, targets
+from ctrl.evaluation import determined, martingale, policy_slope, targets
 from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
-from ctrl.linop import LinOp, Matrix
+from ctrl.linop import LinOp
 from ctrl.problem import Problem
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
@@ -129,7 +129,7 @@ class QLearning(Algorithm):
     def lay_targets(self, run: Run, spent: list[Tensor]) -> None:
         """What V and q are to be, of all that is in store."""
         for batch, steps in zip(run.replay.batches, spent, strict=True):
-            path, value = batch.trajectory, run.at_nodes(run.critic.value, batch)
+            path, value = batch.trajectory, run.at_nodes(run.critic.value_beside, batch, "a_ref")
             batch.lay("target", targets(run.problem, path, value, steps, self.trace))
             e = (targets(run.problem, path, value, steps, math.inf) - value)[:-1]
             batch.lay("y", batch.fields["q"][:-1] + e / path.t.diff().to(e)[:, None])
@@ -141,9 +141,8 @@ class QLearning(Algorithm):
         if not problem.gamma > 0:
             raise ValueError(_NO_GAMMA)
         if critic is None:
-            raise ValueError("critic must be given: QLearning learns V and q (see ctrl.StructuredCritic)")
-        B = problem.control(torch.zeros(1))
-        if not self.critic_control and isinstance(B, Matrix) and B.m.shape[-2] != B.m.shape[-1]:
+            raise ValueError("critic must be given: QLearning learns V and q (see ctrl.NetworkCritic)")
+        if not self.critic_control and not determined(problem):
             raise ValueError("critic_control must be True: B is not square, so no p has B'p = R (a - a_ref)")
 
 
