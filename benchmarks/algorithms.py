@@ -105,6 +105,8 @@ class AlgorithmOptions(Options):
     """module:Class of an algorithm of yours, made without arguments and run at the default settings."""
     full: bool = False
     """What is committed: see `full`."""
+    done: bool = False
+    """Only the table and the figure of the runs that are there."""
     tune: bool = False
     """Search learning rates on random mixtures instead."""
     jobs: int = os.cpu_count() or 1
@@ -226,10 +228,12 @@ def full() -> list[tuple[str, str, int]]:
     return list(dict.fromkeys(cases))
 
 
-def carry_out(jobs: list[Job], store: Path, workers: int) -> list[Row]:
-    """Every job, from its file where it was done before."""
+def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False) -> list[Row]:
+    """Every job, from its file where it was done before; with `done`, these alone."""
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
+    if done:
+        return [json.loads(file.read_text()) for file in files.values() if file.exists()]
     missing = [job for job, file in files.items() if not file.exists()]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = {pool.submit(run, job): job for job in missing}
@@ -334,7 +338,7 @@ def compared(rows: list[Row]) -> list[tuple[str, int]]:
     """The problems and N with more than one method; all, if there are none."""
     methods: dict[tuple[str, int], set[Any]] = {}
     for row in rows:
-        if "panel" not in row:
+        if row.get("panel", "regret") == "regret":
             methods.setdefault((str(row["problem"]), int(str(row["steps"]))), set()).add(row["algorithm"])
     return sorted(p for p, names in methods.items() if len(names) > 1) or sorted(methods)
 
@@ -346,7 +350,7 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
     axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).flatten()
     colours = dict(zip([*METHODS, "other"], PALETTE, strict=False))
     for ax, (problem, steps) in zip(axes, panels, strict=False):
-        for method in dict.fromkeys(str(r["algorithm"]) for r in rows if "panel" not in r):
+        for method in dict.fromkeys(str(r["algorithm"]) for r in rows if r.get("panel", "regret") == "regret"):
             curves = [
                 json.loads(str(r["curve"])) for r in runs
                 if (r["problem"], r["method"], r["steps"]) == (problem, method, steps) and r["failed"] is None
@@ -379,12 +383,12 @@ def main(options: AlgorithmOptions) -> None:
         print(table(rows, ["algorithm", "steps", "lr", "seeds", "regret", "regret_se", "regret_worst", "diverged"]))
         print(f"-> {write(f'{NAME}_tuning', options, rows, began)}")
         return
-    runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs)
+    runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs, options.done)
     rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(str(r["steps"])), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
     if apart := over_steps(rows):
         print(table(apart, list(apart[0])))
-        rows += [{"panel": "over steps", **row} for row in apart]
+        rows = [{"panel": "regret", **row} for row in rows] + [{"panel": "over steps", **row} for row in apart]
     path = write(NAME, options, rows, began)
     draw(rows, runs).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")

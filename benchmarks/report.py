@@ -73,7 +73,8 @@ def write(name: str, options: Options, rows: Sequence[Row], began: float, device
         "seconds": round(time.perf_counter() - began, 1),
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]
-    records = [json.dumps({k: rounded(v) for k, v in row.items()}, allow_nan=False) for row in rows]
+    names = dict.fromkeys(name for row in rows for name in row)  # every record has every column
+    records = [json.dumps({name: rounded(row.get(name)) for name in names}, allow_nan=False) for row in rows]
     lines.append('  "rows": [\n    ' + ",\n    ".join(records) + "\n  ]")
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / f"{name}.json"

@@ -23,7 +23,7 @@ from ctrl.problem import IsotropicNormal, Problem, ScoreAsAction
 from ctrl.qvalue import advantage_rate, greedy, greedy_policy, martingale_residual, td_residual
 from ctrl.regularize import chain_kl, kl_rate, path_kl
 from ctrl.rollout import Trajectory, rollout
-from ctrl.solvers import DDIM, EulerMaruyama, Exact, Exponential, Heun, LinearStep, Multistep2, Solver
+from ctrl.solvers import DDIM, EulerMaruyama, Exact, Exponential, Heun, IntegratedEuler, LinearStep, Multistep2, Solver
 from ctrl.value import COSINE, LINEAR, Critic, NetworkCritic, Skip, StructuredCritic
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "Gaussian",
     "GaussianPolicy",
     "Heun",
+    "IntegratedEuler",
     "IsotropicNormal",
     "LinOp",
     "LinearStep",

@@ -166,7 +166,7 @@ def cholesky(covariance: Tensor, name: str) -> Tensor:
     if not bool(((covariance - covariance.mT).abs() <= slack).all()):
         raise ValueError(f"{name} must be symmetric")
     factor, info = torch.linalg.cholesky_ex(covariance)
-    if bool((info != 0).any()) or not math.isfinite(float(factor.sum())):
+    if bool((info != 0).any()) or not math.isfinite(float(factor.detach().sum())):
         raise ValueError(
             f"{name} must be positive definite; the smallest eigenvalue is "
             f"{float(torch.linalg.eigvalsh(covariance).min()):.3g}"

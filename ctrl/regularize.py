@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ctrl.gaussian import Mean
-from ctrl.linop import Scalar, dot, same_shape
+from ctrl.linop import Scalar, broadcast, dot, same_shape
 from ctrl.problem import Problem
 from ctrl.rollout import Trajectory, batch_times
 from ctrl.solvers import GaussianStep
@@ -29,6 +29,12 @@ def kl_rate(problem: Problem, t: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
         raise ValueError("eta = 0 (no noise): path KL does not exist; report it from a rollout with eta > 0")
     z = problem.diffusion(t).solve(problem.control(t).apply(a - a_ref))
     return dot(z, z) / 2
+
+
+def drawn_back(problem: Problem, t: Tensor, a: Tensor, a_old: Tensor, rate: float) -> Tensor:
+    """a, drawn back towards a_old to where the KL rate between them is `rate`, if it is beyond, (B, *D')."""
+    within = (rate / kl_rate(problem, t, a, a_old)).clamp(max=1).sqrt()
+    return a_old + broadcast(within, a) * (a - a_old)
 
 
 def path_kl(problem: Problem, trajectory: Trajectory, policy: Mean, reference: Mean | None = None) -> Tensor:

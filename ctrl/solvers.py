@@ -134,6 +134,31 @@ class EulerMaruyama(GaussianStep):
 
 
 @dataclass(frozen=True)
+class _IntegratedStep:
+    drift: float | Tensor
+    control: float | Tensor
+    root: LinOp
+
+
+@dataclass(frozen=True)
+class IntegratedEuler(GaussianStep):
+    """x_{k+1} = x_k + <b0> + <B> a + L dW~ for score as action, with the integrals of f and kappa over the step in
+    place of their left values times dt. Weak order 1, with a smaller error than Euler's where g² is steep."""
+
+    def plan(self, problem: Problem, times: Tensor) -> list[_IntegratedStep]:
+        diffusion = _diffusion(problem, self)
+        span, log_alpha = problem.clock(times).diff(), diffusion.noising.log_alpha(diffusion.s(times))
+        columns = (log_alpha.diff(), (1 + diffusion.eta**2) / 2 * span, span.sqrt())
+        drift, control, spread = (v.tolist() for v in columns)
+        return [
+            _IntegratedStep(f, kappa, problem.root.scale(w)) for f, kappa, w in zip(drift, control, spread, strict=True)
+        ]
+
+    def transition(self, problem: Problem, c: _IntegratedStep, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
+        return Gaussian(_add(_add(x, x, c.drift), a, c.control), c.root)
+
+
+@dataclass(frozen=True)
 class Heun(Solver):
     """x' = Euler's step; x_{k+1} = x_k + dt/2 [F(t_k, x_k) + F(t_{k+1}, x')] + L dW~, F = b0 + B a.
 

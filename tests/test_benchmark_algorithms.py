@@ -69,6 +69,7 @@ def test_what_was_done_is_not_repeated(tmp_path):
         (tmp_path / f"{job.key}.json").write_text(json.dumps(row))
         rows.append(row)
     assert carry_out([short(seed=0), short(seed=1)], tmp_path, 1) == rows
+    assert carry_out([short(seed=seed) for seed in range(9)], tmp_path, 1, done=True) == rows
     (summary,) = summarise(rows)
     assert summary["regret"] == pytest.approx(0.02) and summary["regret_worst"] == 0.03
     assert summary["regret_se"] == pytest.approx(0.01)  # sd .02/sqrt 2 over sqrt 2

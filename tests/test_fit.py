@@ -4,6 +4,7 @@ import ast
 import copy
 import dataclasses
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -298,6 +299,19 @@ def test_a_long_gradient_is_shortened():
         run.result.policy.parameters()
     )
     assert float(moved.detach().norm()) == pytest.approx(0.1, rel=1e-5)
+
+
+def test_a_trust_region_holds_the_actor_back():
+    """The distance to what the actor regresses on is the square root of the KL that is allowed."""
+    start = nn.utils.parameters_to_vector(models()[0].parameters())
+
+    def moved(nats):
+        run = train(algorithm=dataclasses.replace(ACTOR_CRITIC, nats=nats), **DESCENT)
+        return float((nn.utils.parameters_to_vector(run.result.policy.parameters()) - start).detach().norm())
+
+    free, held, tighter = (moved(nats) for nats in (math.inf, 1e-8, 1e-10))
+    assert held < free / 10
+    assert held / tighter == pytest.approx(10, rel=0.01)
 
 
 @pytest.mark.parametrize("case", [{"ema": 0.5}, {"algorithm": DDPO(nodes=64), "solver": DDIM()}], ids=["ac", "ddpo"])

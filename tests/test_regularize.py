@@ -1,6 +1,7 @@
 """Path KL: Girsanov against closed forms, its gradient, and what a discrete chain calls KL instead."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from ctrl import (
     rollout,
     z_bound,
 )  # fmt: skip
+from ctrl.regularize import drawn_back
 from tests.strategies import SEEDS, gaussians, normal, states
 from toy import catalogue
 from toy.lq import LinearPolicy
@@ -214,3 +216,20 @@ def test_condition_and_reference_are_passed_on():
         torch.testing.assert_close(full, kl(own, reference))
         torch.testing.assert_close(full, kl(problem.reference, policy))
         assert float(kl(policy, policy).abs().max()) == 0.0
+
+
+@given(st.floats(0.01, 100.0), st.integers(0, 99))
+def test_an_action_is_drawn_back_no_further_than_it_must(rate, seed):
+    """On the line from a_old, at the KL rate that is allowed, or where it was; the same where there is no limit."""
+    problem = catalogue.get("mixture-2d").problem
+    g = torch.Generator().manual_seed(seed)
+    t = 0.9 * torch.rand(20, generator=g)
+    a, a_old = (3 * torch.randn(20, 2, generator=g) for _ in range(2))
+    a[0] = a_old[0]
+    back = drawn_back(problem, t, a, a_old, rate)
+    before, after = (kl_rate(problem, t, v, a_old) for v in (a, back))
+    torch.testing.assert_close(after, before.clamp(max=rate))
+    share = ((back - a_old) * (a - a_old)).sum(1) / (a - a_old).square().sum(1).clamp(min=1e-30)
+    torch.testing.assert_close(back, a_old + share[:, None] * (a - a_old))
+    assert bool((share >= 0).all())
+    torch.testing.assert_close(drawn_back(problem, t, a, a_old, math.inf), a)

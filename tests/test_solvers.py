@@ -12,6 +12,7 @@ from ctrl import (
     Exact,
     Exponential,
     Heun,
+    IntegratedEuler,
     IsotropicNormal,
     Multistep2,
     Noise,
@@ -47,7 +48,14 @@ def moment_errors(p, policy, solver, grid=grids.uniform, steps=STEPS):
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
 @pytest.mark.parametrize(
     ("solver", "order"),
-    [(EulerMaruyama(), 1), (EulerMaruyama(left_noise=True), 1), (Exponential(), 1), (Heun(), 2), (Multistep2(), 2)],
+    [
+        (EulerMaruyama(), 1),
+        (EulerMaruyama(left_noise=True), 1),
+        (IntegratedEuler(), 1),
+        (Exponential(), 1),
+        (Heun(), 2),
+        (Multistep2(), 2),
+    ],
     ids=str,
 )
 def test_weak_order(gaussian, solver, order, eta):
@@ -242,7 +250,33 @@ def test_euler_s_noise(gaussian):
         torch.testing.assert_close(one.root.m @ one.root.m.mT, lq.S @ lq.S.mT * one.dt)
 
 
-GAUSSIAN_STEPS = [EulerMaruyama(), EulerMaruyama(left_noise=True), Exponential(), DDIM(0.5), Multistep2()]
+def test_integrated_euler_by_hand(gaussian):
+    """x (1 - integral of f) + a times the integral of kappa, by Simpson's rule; the noise is Euler's."""
+    problem = dataclasses.replace(gaussian.problem, eta=0.7)
+    times = grids.natural(problem, 3)
+    middle = (times[:-1] + times[1:]) / 2
+    x, a = torch.tensor([[0.3]]), torch.tensor([[-1.1]])
+
+    def integral(h):
+        return times.diff() * (h(times[:-1]) + 4 * h(middle) + h(times[1:])) / 6
+
+    drift = integral(lambda t: -problem.noising.f(problem.s(t)))
+    control = integral(problem.kappa)
+    euler = EulerMaruyama().plan(problem, times)
+    for k, c in enumerate(IntegratedEuler().plan(problem, times)):
+        law = IntegratedEuler().transition(problem, c, x, a, None)
+        torch.testing.assert_close(law.mean, x + drift[k] * x + control[k] * a)
+        torch.testing.assert_close(law.root.apply(x), euler[k].root.apply(x))
+
+
+GAUSSIAN_STEPS = [
+    EulerMaruyama(),
+    EulerMaruyama(left_noise=True),
+    IntegratedEuler(),
+    Exponential(),
+    DDIM(0.5),
+    Multistep2(),
+]
 
 
 def step_by_step(problem, policy, solver, dtype=torch.float64):

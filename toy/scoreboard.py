@@ -181,6 +181,23 @@ class _Probe(Run):
         raise ValueError(f'{type(self.algorithm).__name__}.learn never calls run.update("policy", ...)')
 
 
+def gradients(
+    problem: Problem, policy: nn.Module, algorithm: Algorithm, critic: Critic | None, settings: Settings, epochs: int
+) -> Tensor:
+    """An algorithm's estimates of grad J at fixed parameters, one an epoch, (epochs, P), in float64; nothing learns.
+
+    The algorithm's own code, from rollout to loss, on all nodes of an epoch at once.
+    """
+    settings = dataclasses.replace(settings, batch=1 << 20, micro_batch=1 << 20, progress=False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = _Probe(problem, policy, algorithm, critic, None, settings, Accelerator())
+        return torch.stack([run.gradient() for _ in range(epochs)])
+    finally:
+        torch.set_default_dtype(before)
+
+
 def check(
     algorithm: Algorithm, *, solver: Solver | None = None, steps: int = 60, samples: int = 512, epochs: int = 12
 ) -> list[Finding]:
@@ -189,31 +206,22 @@ def check(
     The problem is a Gaussian in three dimensions under `Perturbed`, on which J, V, grad J and KL are exact. An estimate
     is right within 5 standard errors plus 3 % for the discretization of `steps` steps.
     """
-    exact, linear, value, gradients = _exact()
+    exact, linear, value, answers = _exact()
     problem = exact.problem
     policy = Perturbed(problem)
-    settings = Settings(
-        samples=samples, steps=steps, solver=solver or Heun(), jitter=0.0, progress=False, batch=1 << 20,
-        micro_batch=1 << 20,
-    )  # fmt: skip
+    settings = Settings(samples=samples, steps=steps, solver=solver or Heun(), jitter=0.0)
     try:
         algorithm.check(problem, settings.solver, value)
     except ValueError:
         if solver is not None:
             raise
         settings = dataclasses.replace(settings, solver=Exponential())
-    run = _Probe(problem, policy, algorithm, value, None, settings, Accelerator())
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        gradient = Estimate.of(torch.stack([run.gradient() for _ in range(epochs)]))
-        times, ids = grids.natural(problem, steps), torch.arange(2048)
-        with torch.no_grad():
-            path = rollout(problem, policy, times, Noise(1), ids, solver=Heun())
-        kl = Estimate.of(algorithm.kl(problem, path, policy).detach())
-    finally:
-        torch.set_default_dtype(before)
-    return [_judge_gradient(gradient, gradients), _judge_kl(kl, exact.lq.path_kl(linear), steps)]
+    gradient = Estimate.of(gradients(problem, policy, algorithm, value, settings, epochs))
+    times, ids = grids.natural(problem, steps), torch.arange(2048)
+    with torch.no_grad():
+        path = rollout(problem, policy, times, Noise(1), ids, solver=Heun(), dtype=torch.float64)
+    kl = Estimate.of(algorithm.kl(problem, path, policy).detach())
+    return [_judge_gradient(gradient, answers), _judge_kl(kl, exact.lq.path_kl(linear), steps)]
 
 
 @cache

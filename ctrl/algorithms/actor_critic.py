@@ -11,6 +11,7 @@ is the policy gradient (arXiv 2502.01819), many are a step of policy iteration.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ from ctrl.gaussian import Mean
 from ctrl.linop import dot
 from ctrl.problem import Problem
 from ctrl.qvalue import greedy
+from ctrl.regularize import drawn_back
 from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
@@ -42,6 +44,9 @@ class ActorCritic(Algorithm):
         critic_control: take the critic's gradient for the control variate and the off-policy correction, one more
             critic gradient a node, instead of the policy's own slope. It is taken anyway where actions do not determine
             grad V, because B is not square.
+        nats: trust region: the action that the actor regresses on is drawn back to where its KL rate from the present
+            one is nats/T, so that no node of an untrustworthy critic outweighs the rest. Where it binds, a step is
+            shorter than the gradient's.
     """
 
     critic_updates: int = 20
@@ -50,6 +55,7 @@ class ActorCritic(Algorithm):
     keep: int = 4
     trace: float = 3.0
     critic_control: bool = False
+    nats: float = 8.0
 
     def learn(self, run: Run) -> None:
         run.lay_actions()
@@ -57,12 +63,13 @@ class ActorCritic(Algorithm):
             batch.lay("target", self.targets(run, batch))
         for nodes in run.deal(self.critic_updates, self.nodes):
             run.update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
-        improve(run, self.actor_updates, self.nodes)
+        improve(run, self.actor_updates, self.nodes, self.nats)
 
     def targets(self, run: Run, batch: Batch) -> Tensor:
         """What the critic is to be at each node, (N+1, B)."""
         newest, a_ref, a_old = batch is run.replay.batches[-1], batch.fields["a_ref"], batch.fields["a_old"]
         a = a_old if newest else run.at_nodes(run.policy, batch)  # nothing has moved since it acted
+        batch.lay("a", a)
         if self.critic_control or not determined(run.problem):
             p = run.at_nodes(run.critic.grad, batch)
         else:
@@ -85,11 +92,14 @@ def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:
     return (nodes["target"] - critic.value_beside(nodes.t, nodes.x, nodes["a_ref"], nodes.cond)).square()
 
 
-def improve(run: Run, updates: int, size: int) -> None:
-    """The policy regresses on the action that is greedy for the critic: `updates` optimiser steps of `size` nodes."""
+def improve(run: Run, updates: int, size: int, nats: float = math.inf) -> None:
+    """The policy regresses on the action that is greedy for the critic, `nats` from its own at most: `updates`
+    optimiser steps of `size` nodes."""
+    rate = nats / run.problem.horizon
 
     def label(n: Nodes) -> dict[str, Tensor]:
-        return {"best": greedy(run.problem, n.t, n["a_ref"], run.critic.grad(n.t, n.x, n.cond))}
+        best = greedy(run.problem, n.t, n["a_ref"], run.critic.grad(n.t, n.x, n.cond))
+        return {"best": drawn_back(run.problem, n.t, best, n["a"], rate)}
 
     for nodes in run.deal(updates, size, label=label):
         run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, size)

@@ -31,10 +31,9 @@ from torch import Tensor
 from ctrl.algorithms.actor_critic import ActorCritic
 from ctrl.algorithms.base import Algorithm
 from ctrl.gaussian import Mean
-from ctrl.linop import broadcast
 from ctrl.problem import Problem
 from ctrl.qvalue import advantage_rate
-from ctrl.regularize import adapted, kl_rate
+from ctrl.regularize import adapted, drawn_back, kl_rate
 from ctrl.replay import Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
@@ -111,8 +110,7 @@ def penalised_loss(problem: Problem, policy: Mean, weight: float, nodes: Nodes) 
 def clipped_loss(problem: Problem, policy: Mean, rate: float, nodes: Nodes) -> Tensor:
     """-w e^{-rho t} min(q_old(t, x, a), q_old(t, x, a^)), (n,); rate: the most nats per unit of time."""
     a, a_old = policy(nodes.t, nodes.x, nodes.cond), nodes["a_old"]
-    within = (rate / kl_rate(problem, nodes.t, a, a_old).clamp(min=rate)).sqrt()
-    back = a_old + broadcast(within, a) * (a - a_old)
+    back = drawn_back(problem, nodes.t, a, a_old, rate)
     return -torch.minimum(_surrogate(problem, nodes, a), _surrogate(problem, nodes, back))
 
 
