@@ -80,7 +80,7 @@ from toy.catalogue import Entry
 from toy.chain import ChainMoments, chain_moments
 from toy.gaussian import GaussianDiffusion
 from toy.lq import LQ, Array, Coefficients, LinearPolicy, QuadraticValue
-from toy.scoreboard import THETA, Perturbed, gradients
+from toy.scoreboard import Perturbed, gradients, perturbed
 
 NAME = "discretization_error"
 CALLS = (5, 10, 20, 40, 80, 160, 320)
@@ -145,22 +145,6 @@ def without_price(lq: LQ) -> LQ:
         return dataclasses.replace(c, R=0 * c.R)
 
     return dataclasses.replace(lq, at=at)
-
-
-def perturbed(lq: LQ) -> tuple[LinearPolicy, LinearPolicy]:
-    """The policy of `toy.scoreboard.Perturbed`, and its derivatives in the two parameters."""
-    (K, k), reference, d = THETA, lq.reference, len(lq.mean0)
-
-    def slopes(t: Array) -> Array:
-        return (t / lq.horizon)[:, None, None] * np.eye(d)
-
-    policy = LinearPolicy(lambda t: reference.K(t) + K * slopes(t), lambda t: reference.k(t) + k)
-    zero, one = np.zeros((d, d)), np.ones(d)
-    features = LinearPolicy(
-        lambda t: np.stack([slopes(t), np.broadcast_to(zero, (len(t), d, d))], 1),
-        lambda t: np.broadcast_to(np.stack([0 * one, one]), (len(t), 2, d)),
-    )
-    return policy, features
 
 
 def points(mean: Tensor, covariance: Tensor) -> Tensor:

@@ -43,7 +43,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -90,9 +89,8 @@ from ctrl.rollout import batch_times
 from ctrl.value import NetworkCritic
 from toy import catalogue, pde
 from toy.gaussian import GaussianDiffusion, GaussianLaw, QuadraticReward
-from toy.lq import LinearPolicy
 from toy.networks import Value
-from toy.scoreboard import Perturbed
+from toy.scoreboard import Perturbed, perturbed
 
 NAME = "estimators"
 BATCH = 2048
@@ -130,11 +128,8 @@ class Case:
 
 def gaussian_case(name: str, exact: GaussianDiffusion, theta: tuple[float, float]) -> Case:
     """Exact by the ODEs of linear-quadratic control."""
-    lq, policy, identity = exact.lq, exact.perturbed(*theta), np.eye(len(exact.mu))
-    features = LinearPolicy(
-        K=lambda t: np.stack([(t / lq.horizon)[:, None, None] * identity, 0 * t[:, None, None] * identity], 1),
-        k=lambda t: np.stack([0 * t[:, None] * identity[0], 0 * t[:, None] * identity[0] + 1], 1),
-    )
+    lq = exact.lq
+    policy, features = perturbed(lq, theta)
     grad_J = torch.from_numpy(lq.grad_J(policy, features))
     return Case(name, exact.problem, torch.tensor(theta, dtype=torch.float64), lq.value(policy), grad_J)
 

@@ -39,7 +39,7 @@ from ctrl.solvers import Exponential, Heun, Solver
 from ctrl.value import Critic
 from toy.catalogue import Entry
 from toy.gaussian import GaussianDiffusion, GaussianLaw, QuadraticReward
-from toy.lq import Array, LinearPolicy, QuadraticValue
+from toy.lq import LQ, Array, LinearPolicy, QuadraticValue
 
 
 @dataclass(frozen=True)
@@ -141,6 +141,23 @@ class Perturbed(nn.Module):
         return self.problem.reference(t, x, cond) + K * (t / self.problem.horizon)[:, None].to(x.dtype) * x + k
 
 
+def perturbed(lq: LQ, theta: tuple[float, float] = THETA) -> tuple[LinearPolicy, LinearPolicy]:
+    """`Perturbed` for exact answers, and its derivatives in the two parameters, as `LQ.grad_J` wants them."""
+    (K, k), reference, identity = theta, lq.reference, np.eye(len(lq.mean0))
+
+    def slopes(t: Array) -> Array:
+        return (t / lq.horizon)[:, None, None] * identity
+
+    def shifts(t: Array) -> Array:
+        return np.ones((len(t), len(identity)))
+
+    policy = LinearPolicy(lambda t: reference.K(t) + K * slopes(t), lambda t: reference.k(t) + k * shifts(t))
+    features = LinearPolicy(
+        lambda t: np.stack([slopes(t), 0 * slopes(t)], 1), lambda t: np.stack([0 * shifts(t), shifts(t)], 1)
+    )
+    return policy, features
+
+
 @dataclass(frozen=True)
 class Finding:
     """One quantity of an algorithm against its exact value."""
@@ -228,8 +245,8 @@ def check(
 def _exact() -> tuple[GaussianDiffusion, LinearPolicy, QuadraticValue, dict[str, Tensor]]:
     """The problem, the policy, its value, and grad J with what it becomes under the usual mistakes."""
     exact = _gaussian()
-    linear = exact.perturbed(*THETA)
-    return exact, linear, exact.lq.value(linear), _exact_gradients(exact, linear)
+    linear, features = perturbed(exact.lq)
+    return exact, linear, exact.lq.value(linear), _exact_gradients(exact, linear, features)
 
 
 def _gaussian() -> GaussianDiffusion:
@@ -240,18 +257,9 @@ def _gaussian() -> GaussianDiffusion:
     return GaussianDiffusion(VPLinear(0.1, 8.0), mu, C, reward, beta=0.5, start=start)
 
 
-def _exact_gradients(exact: Any, policy: LinearPolicy) -> dict[str, Tensor]:
+def _exact_gradients(exact: Any, policy: LinearPolicy, features: LinearPolicy) -> dict[str, Tensor]:
     """grad J, and what it becomes under the usual mistakes."""
-    lq, identity, T = exact.lq, np.eye(len(exact.mu)), exact.lq.horizon
-
-    def K(t: Array) -> Array:
-        return np.stack([(t / T)[:, None, None] * identity, np.zeros((len(t), *identity.shape))], 1)
-
-    def k(t: Array) -> Array:
-        shift = np.ones((len(t), len(identity)))
-        return np.stack([np.zeros_like(shift), shift], 1)
-
-    features = LinearPolicy(K, k)
+    lq = exact.lq
 
     def closed(t: Array) -> Any:
         """The same law of the state, with the policy built in and no control left: only the explicit cost remains."""
