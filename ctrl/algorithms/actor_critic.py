@@ -59,6 +59,10 @@ class ActorCritic(Algorithm):
 
     def learn(self, run: Run) -> None:
         run.lay_actions()
+        *older, newest = run.replay.batches
+        newest.lay("a", newest.fields["a_old"])  # nothing has moved since it acted
+        for batch in older:
+            batch.lay("a", run.at_nodes(run.policy, batch))
         for batch in run.replay.batches:
             batch.lay("target", self.targets(run, batch))
         for nodes in run.deal(self.critic_updates, self.nodes):
@@ -67,9 +71,7 @@ class ActorCritic(Algorithm):
 
     def targets(self, run: Run, batch: Batch) -> Tensor:
         """What the critic is to be at each node, (N+1, B)."""
-        newest, a_ref, a_old = batch is run.replay.batches[-1], batch.fields["a_ref"], batch.fields["a_old"]
-        a = a_old if newest else run.at_nodes(run.policy, batch)  # nothing has moved since it acted
-        batch.lay("a", a)
+        a, a_ref, a_old = (batch.fields[name] for name in ("a", "a_ref", "a_old"))
         if self.critic_control or not determined(run.problem):
             p = run.at_nodes(run.critic.grad, batch)
         else:
