@@ -364,8 +364,8 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
         ax.axhline(0.1, color="0.7", linewidth=0.8)
         ax.set(xscale="log", yscale="log", title=f"{problem}, N = {steps}", xlabel="trajectories", ylabel="regret")
         ax.grid(alpha=0.3)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    shown = {name: line for ax in axes for line, name in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=4, frameon=False)
     return figure
 
 
