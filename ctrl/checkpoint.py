@@ -15,8 +15,8 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
 
 from ctrl.replay import Batch
 from ctrl.rollout import Trajectory
@@ -44,7 +44,7 @@ def save(run: Run) -> None:
     run.accelerator.save_state(str(part))
     kept = run.replay.batches[max(0, len(run.replay.batches) - run.algorithm.keep + 1) :]
     tensors = {f"{i}.{name}": v for i, batch in enumerate(kept) for name, v in _tensors(batch).items()}
-    save_file(tensors, part / f"replay-{run.replay.rank}.safetensors")
+    save_file(_apart(tensors), part / f"replay-{run.replay.rank}.safetensors")
     if run.accelerator.is_main_process:
         if run.ema is not None:
             save_model(run.ema, str(part / "ema.safetensors"))
@@ -54,6 +54,17 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         os.replace(part, final)
     run.accelerator.wait_for_everyone()
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same, but a copy of each that shares memory with one before: the file format has no two names for one."""
+    seen: set[int] = set()
+    found = {}
+    for name, v in tensors.items():
+        at = v.untyped_storage().data_ptr()
+        found[name] = v.clone() if at in seen else v
+        seen.add(at)
+    return found
 
 
 def load_newest(run: Run) -> None:
@@ -94,13 +105,13 @@ def _must_agree(run: Run) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _tensors(batch: Batch) -> dict[str, torch.Tensor]:
+def _tensors(batch: Batch) -> dict[str, Tensor]:
     path = {name: getattr(batch.trajectory, name) for name in _PATH}
     tensors = {**path, **{f"at.{name}": v for name, v in batch.fields.items()}}
     return {name: v.contiguous() for name, v in tensors.items() if v is not None}
 
 
-def _batch(tensors: dict[str, torch.Tensor]) -> Batch:
+def _batch(tensors: dict[str, Tensor]) -> Batch:
     path = {name: tensors.get(name) for name in _PATH}
     fields = {name.removeprefix("at."): v for name, v in tensors.items() if name.startswith("at.")}
     return Batch(Trajectory(**path, cond=None), fields)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from test_fit import ACTOR_CRITIC, Untouched, fresh_engine, interrupted, models, stop, train  # noqa: F401
 
 from ctrl import Multistep2, checkpoint
-from ctrl.algorithms import DDPO, KLBudget
+from ctrl.algorithms import DDPO, ActorCritic, KLBudget
 from toy import catalogue
 
 CASES = {
@@ -122,6 +122,21 @@ def test_the_store_is_what_the_next_epoch_keeps(tmp_path):
         train(**CASES[name], epochs=5, out=tmp_path / name)
         stored = checkpoint.load_file(checkpoint.newest(tmp_path / name) / "replay-0.safetensors")
         assert {key.partition(".")[0] for key in stored} == {str(i) for i in range(kept)}
+
+
+def test_fields_that_share_memory_are_written(tmp_path):
+    """The file format refuses two names for one piece of memory; an algorithm may lay a view or an alias."""
+
+    class Aliases(ActorCritic):
+        def learn(self, run):
+            batch = run.replay.batches[-1]
+            for name in ("state", "alias"):
+                batch.lay(name, batch.trajectory.x)
+            super().learn(run)
+
+    train(algorithm=Aliases(2, 2, 64, keep=2), epochs=2, out=tmp_path)
+    stored = checkpoint.load_file(checkpoint.newest(tmp_path) / "replay-0.safetensors")
+    assert torch.equal(stored["0.at.alias"], stored["0.x"]) and torch.equal(stored["0.at.state"], stored["0.x"])
 
 
 def test_an_accelerator_can_serve_twice(tmp_path):
