@@ -11,6 +11,7 @@ most this. `Gaussian.kl` and `Gaussian.entropy` are the closed forms for margina
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -33,7 +34,9 @@ def kl_rate(problem: Problem, t: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
 
 def drawn_back(problem: Problem, t: Tensor, a: Tensor, a_old: Tensor, rate: float) -> Tensor:
     """a, drawn back towards a_old to where the KL rate between them is `rate`, if it is beyond, (B, *D')."""
-    within = (rate / kl_rate(problem, t, a, a_old)).clamp(max=1).sqrt()
+    if rate == math.inf:
+        return a
+    within = (rate / kl_rate(problem, t, a, a_old).clamp(min=rate)).sqrt()
     return a_old + broadcast(within, a) * (a - a_old)
 
 

@@ -8,7 +8,7 @@ is a first guess, which a network corrects:
     c_skip(0) = 1, c_out(0) = 0, so that V(T, .) = r exactly (x0hat = x there).
 
 Between far modes x0hat turns sharply with x, and r(x0hat) with it: grad V then starts with an error that F has to
-cancel, and the plain network does better (`benchmarks/algorithms.py`, "actor-critic-structured").
+cancel, so the toy problems take the plain network. `benchmarks/algorithms.py` has both.
 """
 
 from __future__ import annotations

@@ -181,7 +181,7 @@ class Still:
 pytestmark = pytest.mark.long
 
 EVERY = {
-    "actor-critic": Still(lambda b, n: ActorCritic(0, 1, b * (n + 1), keep=1), 2, 10),
+    "actor-critic": Still(lambda b, n: ActorCritic(0, 1, b * (n + 1), keep=1, nats=math.inf), 2, 10),
     "ppo, penalty": Still(lambda b, n: PPOPenalty(updates=1, nodes=b * (n + 1)), 2, 10),
     "ppo, clipped": Still(lambda b, n: PPOClip(updates=1, nodes=b * (n + 1)), 2, 10),
     "policy iteration": Still(lambda b, n: PolicyIteration(1, 1, 1, b * (n + 1)), 2, 10),

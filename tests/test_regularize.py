@@ -233,3 +233,12 @@ def test_an_action_is_drawn_back_no_further_than_it_must(rate, seed):
     torch.testing.assert_close(back, a_old + share[:, None] * (a - a_old))
     assert bool((share >= 0).all())
     torch.testing.assert_close(drawn_back(problem, t, a, a_old, math.inf), a)
+
+
+@pytest.mark.parametrize("rate", [1.0, math.inf])
+def test_where_it_starts_an_action_is_free(rate):
+    """At a = a_old its derivative in a is the identity, and no 0/0."""
+    problem = catalogue.get("mixture-2d").problem
+    a = torch.ones(3, 2, requires_grad=True)
+    (slope,) = torch.autograd.grad(drawn_back(problem, torch.zeros(3), a, torch.ones(3, 2), rate).sum(), a)
+    torch.testing.assert_close(slope, torch.ones(3, 2))
