@@ -304,7 +304,7 @@ def objective_bias(entry: Entry, solver: Solver, times: Tensor, samples: int = 4
     return float(found.mean()) / reference_regret(entry)
 
 
-def over_steps(rows: list[Row]) -> list[Row]:
+def spread(rows: list[Row]) -> list[Row]:
     """How far apart the final regrets at several N lie, and the objective's own errors at these N."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
@@ -386,7 +386,7 @@ def main(options: AlgorithmOptions) -> None:
     runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs, options.done)
     rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(str(r["steps"])), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
-    if apart := over_steps(rows):
+    if apart := spread(rows):
         print(table(apart, list(apart[0])))
         rows = [{"panel": "regret", **row} for row in rows] + [{"panel": "over steps", **row} for row in apart]
     path = write(NAME, options, rows, began)

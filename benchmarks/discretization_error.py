@@ -132,9 +132,8 @@ class Case:
 
     def moments(self, solver: Solver, times: Tensor, policy: Perturbed | None = None) -> ChainMoments:
         """Of the solver's chain under the perturbed policy, differentiable in its parameters if it is given."""
-        return chain_moments(
-            self.problem, policy or Perturbed(self.problem).requires_grad_(False), times, solver, *self.start
-        )
+        policy = policy or Perturbed(self.problem).requires_grad_(False)
+        return chain_moments(self.problem, policy, times, solver, *self.start)
 
 
 def without_price(lq: LQ) -> LQ:
@@ -326,7 +325,7 @@ def best(rows: Sequence[Row], calls: Sequence[int]) -> Iterator[Row]:
             yield {**line, "ratio": float(str(line["continuous"])) / float(str(line["ddpo"]))}
 
 
-def losses(rows: Sequence[Row]) -> list[Row]:
+def ddpo_wins(rows: Sequence[Row]) -> list[Row]:
     """Where no continuous-time estimator has less bias than every DDPO, by calls and grid."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
@@ -339,8 +338,8 @@ def losses(rows: Sequence[Row]) -> list[Row]:
             t, o = (min(side, key=lambda r: float(str(r["relative_error"]))) for side in (theirs, ours))
             if float(str(t["relative_error"])) < float(str(o["relative_error"])):
                 found.append({"problem": problem, "kl": kl, "grid": grid, "nfe": n,
-                              "ddpo": t["relative_error"], "by": t["estimator"],
-                              "continuous": o["relative_error"], "by_": o["estimator"]})  # fmt: skip
+                              "ddpo": t["relative_error"], "ddpo_by": t["estimator"],
+                              "continuous": o["relative_error"], "continuous_by": o["estimator"]})  # fmt: skip
     return found
 
 
@@ -537,7 +536,7 @@ def main(options: BiasOptions) -> None:
         print("\nthe least bias, with the grid it is reached on; ratio = continuous / first-order ddpo")
         print(table(found, [name for name in found[0] if name != "panel"]))
         rows += found
-    if lost := losses(rows):
+    if lost := ddpo_wins(rows):
         print("\nwhere DDPO on some chain has the least bias")
         print(table(lost, list(lost[0])))
     path = write(NAME, options, rows, began)

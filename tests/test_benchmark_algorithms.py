@@ -18,8 +18,8 @@ from benchmarks.algorithms import (
     first_below,
     jobs_of,
     objective_bias,
-    over_steps,
     run,
+    spread,
     summarise,
 )
 from ctrl import EulerMaruyama, Heun, grids
@@ -120,7 +120,7 @@ def test_how_far_regrets_lie_apart():
         {"problem": "gaussian-1d", "algorithm": "ddpo-euler", "steps": n, "regret": regret, "lr": None}
         for n, regret in ((10, 0.3), (20, 0.1), (40, 0.2))
     ]
-    (row,) = over_steps(rows)
+    (row,) = spread(rows)
     assert row["regret_apart"] == pytest.approx(0.2) and (row["from"], row["to"]) == (10, 40)
     assert 0.1 < row["objective_bias_apart"] < 1
-    assert over_steps(rows[:1]) == []
+    assert spread(rows[:1]) == []
