@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import tyro
+from accelerate import Accelerator
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 from torch import Tensor
@@ -42,17 +43,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, table, write
-from ctrl import EulerMaruyama, Multistep2, NetworkCritic, Noise, StructuredCritic, grids, rollout
+from benchmarks.report import Options, Row, number, table, write
+from ctrl import Estimate, EulerMaruyama, Multistep2, NetworkCritic, Noise, StructuredCritic, grids, rollout
 from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, Algorithm, PathConsistency, PolicyIteration, PPOPenalty
 from ctrl.evaluation import increments, targets
 from ctrl.fit import Run, Settings, fit
+from ctrl.gaussian import Mean
 from ctrl.replay import with_reward
 from ctrl.solvers import Solver
 from toy import catalogue
 from toy.catalogue import Entry
 from toy.networks import Policy, Value
-from toy.scoreboard import reference_regret, score
+from toy.scoreboard import device_of, reference_regret, score
 
 NAME = "algorithms"
 TRAJECTORIES = 10_240
@@ -70,16 +72,17 @@ class Method:
     critic: type[NetworkCritic | StructuredCritic] = NetworkCritic
 
 
-_CHAIN: dict[str, Any] = {"jitter": 0.0, "solver": EulerMaruyama(), "grid": grids.uniform}
+_LARGE: dict[str, Any] = {"samples": 256}  # trajectories an epoch; DDPO was tried with 64 too, and is no faster
+_CHAIN: dict[str, Any] = {**_LARGE, "jitter": 0.0, "solver": EulerMaruyama(), "grid": grids.uniform}
 METHODS: dict[str, Method] = {  # learning rates other than the default's are what `--tune` found
     "actor-critic": Method(ActorCritic),
     "actor-critic-structured": Method(ActorCritic, critic=StructuredCritic),
-    "path-consistency": Method(PathConsistency),
-    "policy-iteration": Method(PolicyIteration),
-    "ppo": Method(PPOPenalty),
-    "adjoint-matching": Method(AdjointMatching, {"lr": 2.5e-3}),
+    "path-consistency": Method(PathConsistency, _LARGE),
+    "policy-iteration": Method(PolicyIteration, _LARGE),
+    "ppo": Method(PPOPenalty, _LARGE),
+    "adjoint-matching": Method(AdjointMatching, {**_LARGE, "lr": 2.5e-3}),
     "ddpo-euler": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),
-    "ddpo-2m": Method(DDPO, {"jitter": 0.0, "solver": Multistep2(), "lr": 5e-3}),
+    "ddpo-2m": Method(DDPO, {**_LARGE, "jitter": 0.0, "solver": Multistep2(), "lr": 5e-3}),
     "ddpo-euler-public": Method(
         lambda: DDPO(chain_kl=True), {**_CHAIN, "solver": EulerMaruyama(left_noise=True), "lr": 5e-3}
     ),
@@ -145,7 +148,24 @@ def method_of(name: str) -> Method:
     return Method(getattr(importlib.import_module(module), attribute))
 
 
-def run(job: Job) -> Row:
+def run(job: Job, store: Path, device: str = "cpu") -> None:
+    """Train and leave in the store the policy, and then how it went."""
+    row, policy = train(job, device)
+    torch.save(policy.state_dict(), store / f"{job.key}.pt")
+    part = store / f"{job.key}.part"
+    part.write_text(json.dumps(row))
+    os.replace(part, store / f"{job.key}.json")
+
+
+def trained(job: Job, store: Path) -> Policy:
+    """The policy that a run has left in the store."""
+    entry = entry_of(job.problem)
+    policy = Policy(entry.problem, classes=entry.classes).requires_grad_(False)
+    policy.load_state_dict(torch.load(store / f"{job.key}.pt", map_location="cpu"))
+    return policy
+
+
+def train(job: Job, device: str = "cpu") -> tuple[Row, Policy]:
     """Train, score on the way, and say how it went."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
@@ -157,8 +177,10 @@ def run(job: Job) -> Row:
     problem = entry.problem
     policy = Policy(problem, classes=entry.classes)
     critic = method.critic(problem, Value(problem, classes=entry.classes))
+    accelerator = Accelerator(cpu=device == "cpu")
+    where: dict[str, Any] = {"conditions": entry.condition, "accelerator": accelerator}
     idle = replace(settings, steps=2, samples=4, epochs=1, solver=EulerMaruyama())  # what happens once, such as imports
-    fit(problem, Policy(problem, classes=entry.classes), DDPO(), conditions=entry.condition, settings=idle)
+    fit(problem, Policy(problem, classes=entry.classes), DDPO(), settings=idle, **where)
     curve: list[tuple[int, float, float]] = []
     spent, began = 0.0, time.process_time()
 
@@ -166,19 +188,18 @@ def run(job: Job) -> Row:
         nonlocal spent, began
         spent += time.process_time() - began
         n = metrics["trajectories"]
-        if n <= 2048 or metrics["epoch"] % 4 == 0:
+        if n % (64 if n <= 512 else 256 if n <= 2048 else 1024) == 0:
             curve.append((n, float(score(entry, run.policy, samples=512, steps=40).relative_regret.mean), spent))
         began = time.process_time()
 
-    given: dict[str, Any] = {"critic": critic, "conditions": entry.condition, "settings": settings}
     try:
-        result = fit(problem, policy, method.algorithm(), callbacks=[watch], **given)
+        result = fit(problem, policy, method.algorithm(), critic=critic, settings=settings, callbacks=[watch], **where)
     except ValueError as failure:
-        return {**asdict(job), "failed": str(failure)}
+        return {**asdict(job), "failed": str(failure)}, policy
     final = score(entry, policy, critic if "critic_loss" in result.history[-1] else None, samples=FINAL, steps=100)
     gradient = final.critic_gradient_error
     last = result.history[-1]
-    return {
+    row = {
         **asdict(job),
         "failed": None,
         "regret": float(final.relative_regret.mean),
@@ -195,6 +216,7 @@ def run(job: Job) -> Row:
         "seconds": spent,
         "curve": json.dumps([[n, round(r, 5)] for n, r, _ in curve]),
     }
+    return row, policy
 
 
 def first_below(curve: list[tuple[int, float, float]], level: float, column: int) -> float | None:
@@ -228,7 +250,7 @@ def full() -> list[tuple[str, str, int]]:
     return list(dict.fromkeys(cases))
 
 
-def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False) -> list[Row]:
+def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, device: str = "cpu") -> list[Row]:
     """Every job, from its file where it was done before; with `done`, these alone."""
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
@@ -236,12 +258,9 @@ def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False) ->
         return [json.loads(file.read_text()) for file in files.values() if file.exists()]
     missing = [job for job, file in files.items() if not file.exists()]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = {pool.submit(run, job): job for job in missing}
+        futures = [pool.submit(run, job, store, device) for job in missing]
         for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
-            file = files[futures[future]]
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(future.result()))
-            os.replace(part, file)
+            future.result()
     return [json.loads(file.read_text()) for file in files.values()]
 
 
@@ -253,15 +272,15 @@ def summarise(runs: Iterable[Row]) -> list[Row]:
     rows = []
     for (problem, method, steps, lr), group in groups.items():
         done = [r for r in group if r["failed"] is None]
-        regrets = [_number(r["regret"]) for r in done]
+        regrets = [number(r, "regret") for r in done]
         row: Row = {"problem": problem, "algorithm": method, "steps": steps, "seeds": len(group), "lr": lr,
                     "diverged": len(group) - sum(regret < 1 for regret in regrets),
                     "trajectories": group[0]["trajectories"], **about(regrets)}  # fmt: skip
         for name in ("to_10pct", "to_5pct", "seconds_to_10pct"):  # a seed that never gets there counts as late
-            values = [math.inf if r[name] is None else _number(r[name]) for r in done] or [math.inf]
+            values = [math.inf if r[name] is None else number(r, name) for r in done] or [math.inf]
             row[name] = None if math.isinf(median(values)) else median(values)
         for name in ("path_kl", "control_error", "critic_gradient_error", "network_calls", "reward_calls", "seconds"):
-            values = [_number(r[name]) for r in done if r[name] is not None]
+            values = [number(r, name) for r in done if r[name] is not None]
             row[name] = mean(values) if values else None
         rows.append(row)
     return rows
@@ -279,29 +298,25 @@ def about(regrets: list[float]) -> Row:
     }
 
 
-def _number(value: Any) -> float:
-    return float(value)
-
-
 @torch.no_grad()
-def objective_bias(entry: Entry, solver: Solver, times: Tensor, samples: int = 4096) -> float:
-    """By how much J of the exact optimum, as a method's own solver and quadrature see it, is off, over J* - J_ref.
+def gain(entry: Entry, policy: Mean, solver: Solver, times: Tensor, samples: int = 4096) -> Estimate:
+    """J - J* over J* - J_ref, with the policy's J as that solver and its quadrature see it.
 
-    With p = grad V* the sampled return less V*(0, X_0) has no variance left but that of the steps.
+    With p = grad V* the sampled return less V*(0, X_0) has little variance, and at the optimum none but the steps'.
     """
-    problem, ids = entry.problem, torch.arange(samples)
+    problem, ids = entry.problem, torch.arange(samples, device=device_of(policy))
     cond = entry.condition(ids)
-    path = rollout(problem, entry.optimal_policy, times, Noise(997), ids, solver=solver, cond=cond, dtype=torch.float64)
+    path = rollout(problem, policy, times, Noise(997), ids, solver=solver, cond=cond)
     path = with_reward(path, problem.reward(path.x[-1], cond))
     t, x, _ = path.flat()
     everywhere = None if cond is None else cond.repeat(len(times))
     a, a_ref, p = (
-        f(t, x, everywhere).unflatten(0, (len(times), samples))
-        for f in (entry.optimal_policy, problem.reference, entry.value.grad)
+        f(t, x, everywhere).unflatten(0, (len(times), samples)).to(x)
+        for f in (policy, problem.reference, entry.value.grad)
     )
     steps = increments(problem, path, a, a_ref, a, p, everywhere)
     found = targets(problem, path, None, steps, trace=0)[0] - entry.value.value(t[:samples], path.x[0], cond)
-    return float(found.mean()) / reference_regret(entry)
+    return Estimate.of(found / reference_regret(entry))
 
 
 def spread(rows: list[Row]) -> list[Row]:
@@ -314,8 +329,9 @@ def spread(rows: list[Row]) -> list[Row]:
     for (problem, name), group in groups.items():
         if len(group) > 1:
             entry, settings = entry_of(problem), Settings(**METHODS[name].settings)
-            regrets, steps = [_number(r["regret"]) for r in group], [int(_number(r["steps"])) for r in group]
-            biases = [objective_bias(entry, settings.solver, settings.grid(entry.problem, n)) for n in steps]
+            regrets, steps = [number(r, "regret") for r in group], [int(number(r, "steps")) for r in group]
+            optimum, solver = entry.optimal_policy, settings.solver
+            biases = [float(gain(entry, optimum, solver, settings.grid(entry.problem, n)).mean) for n in steps]
             found.append(
                 {"problem": problem, "algorithm": name, "from": min(steps), "to": max(steps),
                  "regret_apart": max(regrets) - min(regrets), "objective_bias_apart": max(biases) - min(biases)}
@@ -339,7 +355,7 @@ def compared(rows: list[Row]) -> list[tuple[str, int]]:
     methods: dict[tuple[str, int], set[Any]] = {}
     for row in rows:
         if row.get("panel", "regret") == "regret":
-            methods.setdefault((str(row["problem"]), int(str(row["steps"]))), set()).add(row["algorithm"])
+            methods.setdefault((str(row["problem"]), int(number(row, "steps"))), set()).add(row["algorithm"])
     return sorted(p for p, names in methods.items() if len(names) > 1) or sorted(methods)
 
 
@@ -384,7 +400,7 @@ def main(options: AlgorithmOptions) -> None:
         print(f"-> {write(f'{NAME}_tuning', options, rows, began)}")
         return
     runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs, options.done)
-    rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(str(r["steps"])), r["regret"] or math.inf))
+    rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(number(r, "steps")), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
     if apart := spread(rows):
         print(table(apart, list(apart[0])))

@@ -1,8 +1,9 @@
-"""What does the step size do to the gradient that reinforcement learning follows? Exact, without sampling.
+"""What does the step size do to the gradient that reinforcement learning follows, and to what it learns?
 
-On a linear-Gaussian problem every solver's chain has exact moments (`toy.chain`), so the *expectation* of a gradient
-estimator is exact too, and so is the gradient it is meant to estimate (`toy.lq`). The policy is the reference plus
--0.3 (t/T) x + 0.6, the gradient is in these two numbers. At equal network calls, with the KL term and without:
+First the gradient, exactly (`moments.py`). On a linear-Gaussian problem every solver's chain has exact moments
+(`toy.chain`), so the *expectation* of a gradient estimator is exact too, and so is the gradient it is meant to estimate
+(`toy.lq`). The policy is the reference plus -0.3 (t/T) x + 0.6, the gradient is in these two numbers. At equal network
+calls, with the KL term and without:
 
     DDPO        the gradient of the N-step chain's own objective, which is what it follows in expectation, on the chains
                 of Euler, DDIM and 2M. `-public` is as public codes have it, with g²(t_k) dt and the KL of the chain's
@@ -23,14 +24,14 @@ the exact critic every trajectory says so. `dimension` is that variance on d ind
 d independent terms has a variance of order d, which is the continuous form's; DDPO multiplies a return and a log-ratio
 that are such sums both, and has order d².
 
-grad V is exact everywhere: what is shown is the bias of law and quadrature; no learned critic, no training. A series
-has an order only where two successive local slopes agree within 0.1 and the error keeps its sign: it is that of the
+So far grad V is exact everywhere: what is shown is the bias of law and quadrature. Then policies are trained, with
+learned critics: the panels `transfer`, `invariance`, `drift`, `cost` and `black_box` (`trained.py`). A series has an
+order only where two successive local slopes agree within 0.1 and the error keeps its sign: it is that of the
 finest such three points. The column `signed` is the error's part along the gradient.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 import time
@@ -44,27 +45,27 @@ from typing import Any
 import numpy as np
 import torch
 import tyro
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
+from benchmarks import trained
 from benchmarks.estimators import copies
-from benchmarks.report import Options, Row, table, write
+from benchmarks.moments import CALLS, ESTIMATORS, Case, integrated, trajectory
+from benchmarks.report import Options, Row, number, table, write
 from ctrl import (
     DDIM,
     Estimate,
     EulerMaruyama,
-    Exact,
     Exponential,
     Heun,
-    IntegratedEuler,
     Multistep2,
     Problem,
     ScoreAsAction,
     Solver,
-    Trajectory,
     chain_kl,
     fit_order,
     grids,
@@ -72,18 +73,13 @@ from ctrl import (
 )  # fmt: skip
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm
 from ctrl.fit import Settings
-from ctrl.gradient import critic_slope, directions, surrogate
-from ctrl.linop import cholesky
-from ctrl.solvers import GaussianStep
 from toy import catalogue
 from toy.catalogue import Entry
-from toy.chain import ChainMoments, chain_moments
 from toy.gaussian import GaussianDiffusion
-from toy.lq import LQ, Array, Coefficients, LinearPolicy, QuadraticValue
-from toy.scoreboard import Perturbed, gradients, perturbed
+from toy.lq import LQProblem
+from toy.scoreboard import Perturbed, gradients
 
 NAME = "discretization_error"
-CALLS = (5, 10, 20, 40, 80, 160, 320)
 GRIDS: dict[str, Callable[[Any, int], Tensor]] = {"uniform": grids.uniform, "log-SNR": grids.log_snr}
 
 
@@ -94,171 +90,22 @@ class BiasOptions(Options):
     problem: tuple[str, ...] = ("lq-1d", "gaussian-1d", "gaussian-16d")
     """Linear-Gaussian names from the catalogue."""
     steps: tuple[int, ...] = CALLS
-    """Network calls a trajectory."""
+    """Network calls a trajectory, in the exact panels."""
+    seeds: int = 2
+    """Trained policies of each kind; 3 with `--full`."""
+    full: bool = False
+    """What is committed: longer training, at more numbers of steps."""
+    device: str = "cpu"
+    """Where policies are trained: cpu or cuda. What is exact stays on the CPU."""
 
-
-# ------------------------------------------------------------------------------------------ what is exact
-
-
-@dataclass(frozen=True)
-class Case:
-    """A linear-Gaussian problem, the perturbed policy, and the continuous-time answers."""
-
-    name: str
-    kl: bool
-    problem: Problem
-    lq: LQ
-    start: tuple[Tensor, Tensor]
-    policy: LinearPolicy
-    value: QuadraticValue
-    gradient: Tensor
-
-    @staticmethod
-    def of(name: str, kl: bool = True) -> Case:
-        """The catalogue's problem of that name; kl = False leaves the price on actions out."""
-        entry = catalogue.get(name)
-        exact, problem = entry.exact, entry.problem
-        if isinstance(exact, GaussianDiffusion):
-            lq, start = exact.lq, (exact.initial.mean, exact.initial.covariance)
-        else:
-            lq, start = exact.exact, (exact.mean0, exact.cov0)
-        if not kl:
-            assert isinstance(problem, ScoreAsAction)
-            problem, lq = dataclasses.replace(problem, beta=0.0), without_price(lq)
-        lq = dataclasses.replace(lq, gamma=0.0)  # the perturbed policy does not explore
-        policy, features = perturbed(lq)
-        gradient = torch.from_numpy(lq.grad_J(policy, features))
-        return Case(name, kl, problem, lq, start, policy, lq.value(policy), gradient)
-
-    def moments(self, solver: Solver, times: Tensor, policy: Perturbed | None = None) -> ChainMoments:
-        """Of the solver's chain under the perturbed policy, differentiable in its parameters if it is given."""
-        policy = policy or Perturbed(self.problem).requires_grad_(False)
-        return chain_moments(self.problem, policy, times, solver, *self.start)
-
-
-def without_price(lq: LQ) -> LQ:
-    """R = 0."""
-
-    def at(t: Array) -> Coefficients:
-        c = lq.at(t)
-        return dataclasses.replace(c, R=0 * c.R)
-
-    return dataclasses.replace(lq, at=at)
-
-
-def points(mean: Tensor, covariance: Tensor) -> Tensor:
-    """2d points with this mean and covariance, (n, d), (n, d, d) -> (n, 2d, d): they average any quadratic exactly."""
-    columns = len(mean[0]) ** 0.5 * cholesky(covariance, "covariance").mT
-    return mean[:, None] + torch.cat([columns, -columns], 1)
-
-
-def trajectory(problem: Problem, solver: Solver, times: Tensor, chain: ChainMoments) -> Trajectory:
-    """The chain's law at each node, as a trajectory of `points`."""
-    x = points(chain.mean, chain.covariance)
-    return Trajectory(t=times, x=x, a=None, xi=None, w=solver.quadrature(problem, times), ids=torch.arange(x.shape[1]))
-
-
-# ------------------------------------------------------------------------------------------ what estimators expect
-
-
-def expected(case: Case, path: Trajectory) -> Tensor:
-    """E of the continuous-time estimator on these laws of the state: `ctrl.gradient`'s own code, on points."""
-    policy = Perturbed(case.problem)
-    slope = directions(case.problem, path, policy, critic_slope(case.value, path))
-    (grad,) = torch.autograd.grad(surrogate(case.problem, path, policy, slope).mean(), policy.theta)
-    return grad
-
-
-def continuous(solver: Solver, case: Case, times: Tensor) -> Tensor:
-    """At all nodes, or at any random subset of them."""
-    return expected(case, trajectory(case.problem, solver, times, case.moments(solver, times)))
-
-
-def exact_transitions(case: Case, times: Tensor) -> Tensor:
-    """No error of the law: what is left is that of the trapezoid."""
-    return continuous(Exact(case.lq.closed_loop(case.policy)), case, times)
-
-
-def random_times(solver: Solver, case: Case, times: Tensor) -> Tensor:
-    """One time in each step, at the same random place u in all: the mean over u by Gauss-Legendre."""
-    nodes, weights = np.polynomial.legendre.leggauss(4)
-    h, total = times.diff(), torch.zeros(2)
-    for u, w in zip((nodes + 1) / 2, weights / 2, strict=True):
-        at = torch.cat([times[:1], times[:-1] + u * h])
-        path = trajectory(case.problem, solver, at, case.moments(solver, at))
-        right = dataclasses.replace(path, w=torch.stack([0 * h, h]))
-        total = total + w * expected(case, right)
-    return total
-
-
-Cost = Callable[[Case, GaussianStep, Trajectory, Perturbed], Tensor]
-
-
-def girsanov(case: Case, solver: GaussianStep, path: Trajectory, policy: Perturbed) -> Tensor:
-    """The left sum of c with the exact integral of the noise's rate, (B,); on 2M, its own trapezoid in the clock."""
-    problem = case.problem
-
-    def cost(t: Tensor, x: Tensor, cond: None) -> Tensor:
-        decay = torch.exp(-problem.discount * t)
-        return decay * problem.running_cost(t, x, policy(t, x), problem.reference(t, x, cond), cond)
-
-    if solver.multistep:
-        return path.integrate(cost)
-    span = problem.clock(path.t).diff() / problem.rate(path.t[:-1])
-    return dataclasses.replace(path, w=torch.stack([span, 0 * span])).integrate(cost)
-
-
-def own_kl(case: Case, solver: GaussianStep, path: Trajectory, policy: Perturbed) -> Tensor:
-    """beta times the KL of the chain's own transitions, (B,)."""
-    assert isinstance(case.problem, ScoreAsAction)
-    return case.problem.beta * chain_kl(case.problem, solver, path, policy)
-
-
-def ddpo(solver: GaussianStep, cost: Cost, case: Case, times: Tensor) -> Tensor:
-    """The gradient of the chain's own objective, by differentiating its exact moments."""
-    policy, problem = Perturbed(case.problem), case.problem
-    path = trajectory(problem, solver, times, case.moments(solver, times, policy))
-    reward = torch.exp(-problem.discount * path.t[-1]) * problem.reward(path.x[-1], None)
-    (grad,) = torch.autograd.grad((reward - cost(case, solver, path, policy)).mean(), policy.theta)
-    return grad
-
-
-def integrated(problem: Problem) -> GaussianStep:
-    """Euler with integrated coefficients; those of a linear-quadratic problem are constant."""
-    return IntegratedEuler() if isinstance(problem, ScoreAsAction) else EulerMaruyama()
-
-
-def best_euler(case: Case, times: Tensor) -> Tensor:
-    """DDPO on Euler's chain at its best."""
-    return ddpo(integrated(case.problem), girsanov, case, times)
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """A gradient estimator in expectation."""
-
-    gradient: Callable[[Case, Tensor], Tensor]
-    calls: int = 1
-    """Network calls a step."""
-    diffusion: bool = True
-    """Defined for score as action alone."""
-    most: int = CALLS[-1]
-    """Calls beyond which it takes long."""
-
-
-ESTIMATORS: dict[str, Estimator] = {
-    "ddpo-euler-public": Estimator(partial(ddpo, EulerMaruyama(left_noise=True), own_kl)),
-    "ddpo-ddim-public": Estimator(partial(ddpo, DDIM(), own_kl)),
-    "ddpo-euler": Estimator(best_euler, diffusion=False),
-    "ddpo-ddim": Estimator(partial(ddpo, DDIM(), girsanov)),
-    "ddpo-2m": Estimator(partial(ddpo, Multistep2(), girsanov)),
-    "Euler, left": Estimator(partial(continuous, EulerMaruyama()), diffusion=False),
-    "DDIM, left": Estimator(partial(continuous, Exponential())),
-    "Heun": Estimator(partial(continuous, Heun()), calls=2, diffusion=False),
-    "2M": Estimator(partial(continuous, Multistep2())),
-    "exact transitions": Estimator(exact_transitions, diffusion=False, most=40),
-    "random times, Heun": Estimator(partial(random_times, Heun()), calls=2, diffusion=False),
-}
+    def __post_init__(self) -> None:
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device = cuda, but torch sees no GPU: take --device cpu")
+        for name in self.problem:
+            if not isinstance(catalogue.get(name).exact, GaussianDiffusion | LQProblem):
+                raise ValueError(f"problem must be linear-Gaussian, where chains have exact moments; {name} is not")
 
 
 # ------------------------------------------------------------------------------------------ the table
@@ -318,29 +165,43 @@ def best(rows: Sequence[Row], calls: Sequence[int]) -> Iterator[Row]:
         for kind, names in kinds.items():
             wanted = {"panel": "bias", "problem": problem, "kl": kl, "nfe": n}
             found = [r for r in rows if wanted.items() <= r.items() and r["estimator"] in names]
-            least = min(found, key=lambda r: float(str(r["relative_error"])), default=None)
+            least = min(found, key=lambda r: number(r, "relative_error"), default=None)
             line[kind] = None if least is None else least["relative_error"]
             line[f"{kind}_by"] = None if least is None else f"{least['estimator']}, {least['grid']}"
         if line["ddpo"] is not None and line["continuous"] is not None:
-            yield {**line, "ratio": float(str(line["continuous"])) / float(str(line["ddpo"]))}
+            yield {**line, "ratio": number(line, "continuous") / number(line, "ddpo")}
 
 
-def ddpo_wins(rows: Sequence[Row]) -> list[Row]:
+def ddpo_wins(rows: Sequence[Row]) -> Iterator[Row]:
     """Where no continuous-time estimator has less bias than every DDPO, by calls and grid."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if row["panel"] == "bias" and row["estimator"] != "exact transitions":
             groups.setdefault(tuple(row[k] for k in ("problem", "kl", "grid", "nfe")), []).append(row)
-    found: list[Row] = []
     for (problem, kl, grid, n), group in groups.items():
         theirs, ours = ([r for r in group if str(r["estimator"]).startswith("ddpo") is ddpo] for ddpo in (True, False))
         if theirs and ours:
-            t, o = (min(side, key=lambda r: float(str(r["relative_error"]))) for side in (theirs, ours))
-            if float(str(t["relative_error"])) < float(str(o["relative_error"])):
-                found.append({"problem": problem, "kl": kl, "grid": grid, "nfe": n,
-                              "ddpo": t["relative_error"], "ddpo_by": t["estimator"],
-                              "continuous": o["relative_error"], "continuous_by": o["estimator"]})  # fmt: skip
-    return found
+            t, o = (min(side, key=lambda r: number(r, "relative_error")) for side in (theirs, ours))
+            if number(t, "relative_error") < number(o, "relative_error"):
+                where = f"{problem}, {'KL' if kl else 'reward alone'}, {grid} grid, {n} calls"
+                yield {"what": "bias", "where": where, "ddpo": t["relative_error"], "by": t["estimator"],
+                       "continuous": o["relative_error"], "with": o["estimator"]}  # fmt: skip
+
+
+def ddpo_is_cheaper(rows: Sequence[Row]) -> Iterator[Row]:
+    """Where a trained actor-critic costs more a trajectory, or ends with more regret in the limit, than DDPO."""
+    measures = {"cost": ("seconds_per_1000", "network_calls_per_trajectory"), "transfer": ("regret",)}
+    for panel, columns in measures.items():
+        cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+        for row in rows:
+            if row["panel"] == panel and row.get("at", "limit") == "limit" and row["estimator"] in trained.TRAINED:
+                cases.setdefault((row["problem"], row["steps"]), {})[str(row["estimator"])] = row
+        for ((problem, steps), pair), column in product(cases.items(), columns):
+            theirs, ours = (number(pair[name], column) for name in ("ddpo-euler", "actor-critic"))
+            if theirs < ours:
+                where = f"{problem}, trained at N = {steps}"
+                yield {"what": column, "where": where, "ddpo": theirs, "by": "ddpo-euler", "continuous": ours,
+                       "with": "actor-critic"}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ by sampling
@@ -436,20 +297,32 @@ class Size:
     samples: int
     epochs: int
     dimensions: Sequence[int]
+    plan: trained.Plan
+    drifts: Sequence[str]
+    boxed: Sequence[str]
 
 
 def size(options: BiasOptions) -> Size:
     """What was asked for, or as much of it as takes a minute."""
+    store = options.out / "algorithms.runs"
     if options.quick:
         calls = [n for n in options.steps if n in (10, 20, 80)]
-        return Size(["gaussian-1d"], ["uniform"], calls, ["gaussian-1d"], 256, 8, (1, 4, 16))
+        plan = trained.Plan(["gaussian-1d"], (10, 20), 1, 512, store, options.device)
+        return Size(["gaussian-1d"], ["uniform"], calls, ["gaussian-1d"], 256, 8, (1, 4, 16), plan, ["Heun"], [])
     sampled = [*options.problem, "mixture-2d"]
-    return Size(options.problem, list(GRIDS), options.steps, sampled, 1024, 24, (1, 4, 16, 64, 256))
+    exact = (options.problem, list(GRIDS), options.steps, sampled, 1024, 24, (1, 4, 16, 64, 256))
+    problems = ["gaussian-1d", "mixture-2d"]
+    if options.full:
+        seeds = max(options.seeds, 3)
+        plan = trained.Plan(problems, (5, 10, 20, 50, 100), seeds, 10_240, store, options.device)
+        return Size(*exact, plan, list(trained.OBJECTIVES), problems)
+    plan = trained.Plan(problems, (10, 20, 50), options.seeds, 2560, store, options.device)
+    return Size(*exact, plan, ["ddpo-euler", "Heun"], ["gaussian-1d"])
 
 
-def measure(options: BiasOptions) -> list[Row]:
+def measure(n: Size, seed: int) -> list[Row]:
     """Every problem, estimator and grid."""
-    n, work = size(options), list[Callable[[], Iterator[Row]]]()
+    work = list[Callable[[], Iterator[Row]]]()
     for name in n.problems:
         diffusion = is_diffusion(name)
         for kl, grid in product((True, False) if diffusion else (True,), n.grids if diffusion else ("uniform",)):
@@ -460,9 +333,22 @@ def measure(options: BiasOptions) -> list[Row]:
                 work.append(partial(kl_of_chains, case, grid, n.calls))
     for name in n.sampled:
         names = [e for e in SAMPLED if is_diffusion(name) or not ESTIMATORS[e].diffusion]
-        work += [partial(monte_carlo, name, e, n.samples, n.epochs, options.seed) for e in names]
-    work += [partial(dimension, e, n.dimensions, 128, n.epochs, options.seed) for e in GROWTH]
+        work += [partial(monte_carlo, name, e, n.samples, n.epochs, seed) for e in names]
+    work += [partial(dimension, e, n.dimensions, 128, n.epochs, seed) for e in GROWTH]
     return [row for series in tqdm(work, "chains", leave=False) for row in series()]
+
+
+def learn(n: Size) -> list[Row]:
+    """Policies, and what the step size has left in them."""
+    runs = n.plan.train()
+    boxes = [(box, name) for box, (kind, _) in trained.BOXES.items() for name in n.boxed
+             if kind == "sde" or name.startswith("gaussian")]  # fmt: skip
+    work: list[Callable[[], Iterator[Row]]] = [
+        *(partial(panel, n.plan, runs) for panel in (trained.transfer, trained.invariance, trained.cost)),
+        *(partial(trained.drift, "gaussian-1d", e, steps) for e in n.drifts for steps in n.plan.steps),
+        *(partial(trained.black_box, *box, n.plan.seeds, n.plan.trajectories) for box in boxes),
+    ]
+    return [row for panel in tqdm(work, "panels", leave=False) for row in panel()]
 
 
 def is_diffusion(name: str) -> bool:
@@ -470,14 +356,13 @@ def is_diffusion(name: str) -> bool:
     return isinstance(catalogue.get(name).problem, ScoreAsAction)
 
 
-def wide(rows: Sequence[Row], panel: str) -> list[Row]:
-    """One line a series, one column a number of calls."""
+def wide(rows: Sequence[Row], panel: str, across: str, value: str, keys: Sequence[str]) -> list[Row]:
+    """One line for each value of the keys, one column for each of `across`."""
     lines: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if row["panel"] == panel:
-            key = ("problem", "kl", "estimator", "grid", "order")
-            line = lines.setdefault(tuple(row[k] for k in key[:4]), {k: row[k] for k in key})
-            line[str(row["nfe"])] = row["relative_error"]
+            line = lines.setdefault(tuple(row[k] for k in keys), {k: row[k] for k in keys})
+            line[str(row[across])] = row[value]
     columns = dict.fromkeys(name for line in lines.values() for name in line)
     return [{name: line.get(name) for name in columns} for line in lines.values()]
 
@@ -488,62 +373,119 @@ SHOWN = [name for name in ESTIMATORS if name not in ("Euler, left", "exact trans
 
 
 def draw(rows: Sequence[Row]) -> Figure:
-    """Relative error against calls, on the uniform grid: a row a problem, with KL and without; DDPO dashed."""
+    """Bias of the gradient against calls, a row a problem, with KL and without; below, what it leaves in policies.
+    DDPO is dashed."""
     problems = list(dict.fromkeys(str(r["problem"]) for r in rows if r["panel"] == "bias" and r["kl"] is False))
-    problems = problems or list(dict.fromkeys(str(r["problem"]) for r in rows))
-    figure = Figure(figsize=(8.2, 3.1 * len(problems) + 0.9), layout="constrained")
-    grid = figure.subplots(len(problems), 2, squeeze=False, sharex=True)
-    for axes, problem in zip(grid, problems, strict=True):
+    problems = problems or list(dict.fromkeys(str(r["problem"]) for r in rows if r["panel"] == "bias"))
+    figure = Figure(figsize=(8.2, 3.1 * (len(problems) + 1) + 0.9), layout="constrained")
+    *upper, lower = figure.subplots(len(problems) + 1, 2, squeeze=False)
+    for axes, problem in zip(upper, problems, strict=True):
         for ax, kl in zip(axes, (True, False), strict=True):
-            for name in SHOWN:
-                wanted = {"panel": "bias", "problem": problem, "kl": kl, "estimator": name, "grid": "uniform"}
-                chosen = [r for r in rows if wanted.items() <= r.items()]
-                style = "--" if name.startswith("ddpo") else "-"
-                ax.plot([r["nfe"] for r in chosen], [r["relative_error"] for r in chosen], style, color=COLOURS[name],
-                        marker="s" if "public" in name else "o", markersize=3.5, linewidth=1.3,
-                        markerfacecolor="none" if "public" in name else None, label=name)  # fmt: skip
-            ax.set(xscale="log", yscale="log", title=f"{problem}, {'with KL' if kl else 'reward alone'}")
-            ticks = sorted({int(str(r["nfe"])) for r in rows if r["panel"] == "bias"})
-            ax.set_xticks(ticks, labels=[str(n) for n in ticks])
-            ax.minorticks_off()
-            ax.grid(alpha=0.3)
+            draw_bias(ax, rows, problem, kl)
         axes[0].set_ylabel("bias of the gradient (relative)")
-    for ax in grid[-1]:
-        ax.set_xlabel("network calls a trajectory")
-    handles, labels = grid[0][0].get_legend_handles_labels()
+    draw_transfer(lower[0], rows)
+    draw_drift(lower[1], rows)
+    lower[0].set_ylabel("regret (relative)")
+    handles, labels = upper[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, fontsize="small")
     return figure
 
 
+def draw_bias(ax: Axes, rows: Sequence[Row], problem: str, kl: bool) -> None:
+    """On the uniform grid."""
+    for name in SHOWN:
+        wanted = {"panel": "bias", "problem": problem, "kl": kl, "estimator": name, "grid": "uniform"}
+        line(ax, [r for r in rows if wanted.items() <= r.items()], "nfe", "relative_error", name)
+    frame(ax, f"{problem}, {'with KL' if kl else 'reward alone'}", "network calls a trajectory", rows, "bias", "nfe")
+
+
+def draw_transfer(ax: Axes, rows: Sequence[Row]) -> None:
+    """In the limit, against the calls a policy was trained with; one standard error."""
+    marks = dict(zip(dict.fromkeys(r["problem"] for r in rows if r["panel"] == "transfer"), "o^s", strict=False))
+    for (problem, mark), name in product(marks.items(), trained.TRAINED):
+        wanted = {"panel": "transfer", "problem": problem, "estimator": name, "at": "limit"}
+        chosen = [r for r in rows if wanted.items() <= r.items()]
+        shown = "ddpo-euler" if name.startswith("ddpo") else "Heun"
+        ax.errorbar([number(r, "nfe") for r in chosen], [number(r, "regret") for r in chosen],
+                    [float(r["regret_se"] or 0) for r in chosen],
+                    linestyle="--" if name.startswith("ddpo") else "-", color=COLOURS[shown], marker=mark,
+                    markersize=4, linewidth=1.3, capsize=2, label=f"{name}, {problem}")  # fmt: skip
+    ax.legend(frameon=False, fontsize="x-small")
+    frame(ax, "policies trained so, regret in the limit", "network calls a trajectory", rows, "transfer", "nfe")
+
+
+def draw_drift(ax: Axes, rows: Sequence[Row]) -> None:
+    """Where the objective's own optimum lies."""
+    for name in dict.fromkeys(str(r["estimator"]) for r in rows if r["panel"] == "drift"):
+        line(ax, [r for r in rows if r["panel"] == "drift" and r["estimator"] == name], "nfe", "regret", name)
+    frame(ax, "the N-step objective's own optimum, gaussian-1d", "network calls a trajectory", rows, "drift", "nfe")
+
+
+def line(ax: Axes, chosen: Sequence[Row], x: str, y: str, name: str) -> None:
+    """One series in its colour; DDPO dashed, what public codes do with hollow squares."""
+    public = "public" in name
+    ax.plot([number(r, x) for r in chosen], [number(r, y) for r in chosen], "--" if name.startswith("ddpo") else "-",
+            color=COLOURS[name], marker="s" if public else "o", markersize=3.5, linewidth=1.3,
+            markerfacecolor="none" if public else None, label=name)  # fmt: skip
+
+
+def frame(ax: Axes, title: str, xlabel: str, rows: Sequence[Row], panel: str, x: str) -> None:
+    """Both axes logarithmic, a tick at each x of the panel."""
+    ax.set(xscale="log", yscale="log", title=title, xlabel=xlabel)
+    ticks = sorted({int(number(r, x)) for r in rows if r["panel"] == panel})
+    ax.set_xticks(ticks, labels=[str(n) for n in ticks])
+    ax.minorticks_off()
+    ax.grid(alpha=0.3)
+
+
+def show(rows: Sequence[Row], panel: str, title: str, columns: Sequence[str]) -> None:
+    """A panel's rows as a table."""
+    if chosen := [{c: r.get(c) for c in columns} for r in rows if r["panel"] == panel]:
+        print(f"\n{title}")
+        print(table(chosen, columns))
+
+
 def main(options: BiasOptions) -> None:
     """Measure, print, write."""
-    began = time.perf_counter()
-    rows = measure(options)
+    began, n = time.perf_counter(), size(options)
+    rows = measure(n, options.seed)
     for panel, title in (
         ("bias", "bias of the gradient, relative, at n network calls"),
         ("chain_kl", "error of the path KL on the DDIM chain"),
     ):
-        if lines := wide(rows, panel):
+        if lines := wide(rows, panel, "nfe", "relative_error", ("problem", "kl", "estimator", "grid", "order")):
             print(f"\n{title}")
             print(table(lines, list(lines[0])))
-    print("\nby sampling, 20 steps; z-scores against the exact expectation and against the truth")
-    columns = ["problem", "kl", "estimator", "trajectories", "relative_error", "z_expected", "z_truth", "sd"]
-    print(table([{c: r.get(c) for c in columns} for r in rows if r["panel"] == "monte_carlo"], columns))
-    print("\nvariance of one trajectory's share on d copies of gaussian-1d, and its order in d")
-    columns = ["estimator", "dimension", "variance", "growth", "theory"]
-    print(table([{c: r.get(c) for c in columns} for r in rows if r["panel"] == "dimension"], columns))
-    if found := list(best(rows, options.steps)):
-        print("\nthe least bias, with the grid it is reached on; ratio = continuous / first-order ddpo")
-        print(table(found, [name for name in found[0] if name != "panel"]))
-        rows += found
-    if lost := ddpo_wins(rows):
-        print("\nwhere DDPO on some chain has the least bias")
-        print(table(lost, list(lost[0])))
-    path = write(NAME, options, rows, began)
+    show(rows, "monte_carlo", "by sampling, 20 steps; z-scores against the exact expectation and against the truth",
+         ["problem", "kl", "estimator", "trajectories", "relative_error", "z_expected", "z_truth", "sd"])  # fmt: skip
+    show(rows, "dimension", "variance of one trajectory's share on d copies of gaussian-1d, and its order in d",
+         ["estimator", "dimension", "variance", "growth", "theory"])  # fmt: skip
+    rows += best(rows, options.steps)
+    show(rows, "best", "the least bias, with the grid it is reached on; ratio = continuous / first-order ddpo",
+         ["problem", "kl", "nfe", "ddpo", "ddpo_by", "ddpo-2m", "continuous", "continuous_by", "ratio"])  # fmt: skip
+    rows += learn(n)
+    print("\ntrained at N steps, sampled elsewhere: regret")
+    lines = wide(rows, "transfer", "at", "regret", ("problem", "estimator", "steps", "nfe", "trajectories"))
+    print(table(lines, list(lines[0])))
+    show(rows, "invariance", "how far apart over N: final regrets, and learning curves on the mean",
+         ["problem", "estimator", "seeds", "best_steps", "best", "worst_steps", "worst", "apart", "apart_se",
+          "curves_apart"])  # fmt: skip
+    print("\nregret of the N-step objective's own optimum on gaussian-1d")
+    lines = wide(rows, "drift", "steps", "regret", ("estimator",))
+    print(table(lines, list(lines[0])))
+    show(rows, "black_box", "solvers without a density",
+         ["problem", "solver", "estimator", "seeds", "trajectories", "regret", "regret_se", "why"])  # fmt: skip
+    lost = [*ddpo_wins(rows), *ddpo_is_cheaper(rows)]
+    print("\nwhere the continuous-time form does not win")
+    print(table(lost, list(lost[0])) if lost else "nowhere in what was run")
+    path = write(NAME, options, rows, began, options.device)
     draw(rows).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main(tyro.cli(BiasOptions, description=__doc__))
+    try:
+        main(tyro.cli(BiasOptions, description=__doc__))
+    except ValueError as wrong:
+        sys.exit(str(wrong))

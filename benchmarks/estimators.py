@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, table, write
+from benchmarks.report import Options, Row, number, table, write
 from ctrl import (
     DDIM,
     Critic,
@@ -448,11 +448,11 @@ def _draw_column(ax: Any, rows: list[Row], column: str) -> None:
     for row in rows:
         name = tuple(row[key] for key in ("estimator", "critic", "solver"))
         y = next(i for i, line in enumerate(LINES) if (line.estimator, line.critic, line.solver) == name)
-        value, unseen = _number(row, column), 2 * _number(row, "bias_se")
+        value, unseen = number(row, column), 2 * number(row, "bias_se")
         hidden = column == "bias" and value < unseen
         colour = PROBLEMS[str(row["problem"])]
         ax.plot(unseen if hidden else value, y + 0.22 * (list(PROBLEMS).index(str(row["problem"])) - 1),
-                "<" if hidden else "X" if _number(row, "largest_share") > 0.1 else "o", color=colour, markersize=5,
+                "<" if hidden else "X" if number(row, "largest_share") > 0.1 else "o", color=colour, markersize=5,
                 markerfacecolor=colour if row["steps"] == 20 else "none")  # fmt: skip
 
 
@@ -461,20 +461,16 @@ def _draw_dimension(ax: Any, rows: list[Row]) -> None:
         BY_DIMENSION, ("#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#D55E00"), strict=True
     ):
         chosen = [row for row in rows if row["estimator"] == line.estimator]
-        d, sd = [_number(r, "dimension") for r in chosen], [_number(r, "sd") for r in chosen]
-        error = [_number(r, "sd_se") for r in chosen]
+        d, sd = [number(r, "dimension") for r in chosen], [number(r, "sd") for r in chosen]
+        error = [number(r, "sd_se") for r in chosen]
         ax.errorbar(d, sd, yerr=error, fmt="o-", color=colour, markersize=4, linewidth=1.3, label=line.estimator)
-    dimensions = sorted({int(str(row["dimension"])) for row in rows})
+    dimensions = sorted({int(number(row, "dimension")) for row in rows})
     ax.set(xscale="log", yscale="log", xlabel="dimension d (copies of gaussian-1d, exact V, N = 20)",
            ylabel="sd / |∇J|")  # fmt: skip
     ax.set_xticks(dimensions, labels=dimensions)
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize="small", loc="lower left")
-
-
-def _number(row: Row, name: str) -> float:
-    return float(str(row[name]))
 
 
 COLUMNS = ["problem", "dimension", "steps", "estimator", "critic", "solver", "bias", "bias_se", "sd", "sd_se",

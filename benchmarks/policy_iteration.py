@@ -63,7 +63,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, table, write
+from benchmarks.report import Options, Row, number, table, write
 from ctrl import Estimate, Heun, Mean, NetworkCritic, Noise, ScoreAsAction, greedy_policy, grids, rollout
 from ctrl.algorithms import GaussianNetwork, QLearning
 from ctrl.fit import Run, Settings, fit
@@ -93,7 +93,7 @@ def record(panel: str, problem: str, iteration: int, regret: float, **more: Any)
 
 def with_rates(rows: list[Row]) -> list[Row]:
     """The rows of one run of policy iteration, with ratio and order."""
-    regrets = [float(str(row["regret"])) for row in rows]
+    regrets = [number(row, "regret") for row in rows]
     logs = [math.log(after / before) for before, after in pairwise(regrets)]
     for n, row in enumerate(rows[1:]):
         row["ratio"] = math.exp(logs[n])
@@ -272,7 +272,7 @@ def q_learning_run(epochs: int, seed: int) -> Tensor:
         look()
 
     look()
-    settings = Settings(epochs=epochs, lr=5e-3, critic_lr=2e-2, seed=seed, progress=False)
+    settings = Settings(epochs=epochs, samples=256, lr=5e-3, critic_lr=2e-2, seed=seed, progress=False)
     fit(problem, policy, QLearning(), critic=critic, settings=settings, callbacks=[watch])
     return torch.stack(found).double()
 
@@ -325,12 +325,12 @@ def draw(rows: list[Row]) -> Figure:
     for ax, (panel, title) in zip(axes, titles.items(), strict=False):
         for (problem, beta, steps), run in lines(rows, panel).items():
             colour = COLOURS[LINEAR.index(problem) if panel == "newton" else BETAS.index(beta)]
-            n, regret = [_number(r, "iteration") for r in run], [_number(r, "regret") for r in run]
+            n, regret = [number(r, "iteration") for r in run], [number(r, "regret") for r in run]
             label = problem if panel == "newton" else f"β = {beta:g}" if steps != STEPS[1] else None
             fill = "none" if steps == STEPS[1] else colour
             ax.plot(n, regret, "o-", color=colour, markersize=4.5, markerfacecolor=fill, linewidth=1.3, label=label)
             if panel == "pi-ft":
-                bound = [regret[0] * _number(run[0], "bound") ** i for i in n]
+                bound = [regret[0] * number(run[0], "bound") ** i for i in n]
                 ax.plot(n, bound, "-." if steps == STEPS[1] else ":", color=colour, linewidth=1.0)
         ax.set(yscale="log", title=title, xlabel="iteration", ylabel="regret $J^* - J$")
         ax.legend(frameon=False, fontsize="small")
@@ -343,24 +343,20 @@ def draw(rows: list[Row]) -> Figure:
 
 
 def _draw_q_learning(ax: Any, rows: list[Row]) -> None:
-    n = [_number(r, "iteration") for r in rows]
+    n = [number(r, "iteration") for r in rows]
     series = {
-        "regret": ([_number(r, "regret") for r in rows], [_number(r, "regret_se") for r in rows]),
+        "regret": ([number(r, "regret") for r in rows], [number(r, "regret_se") for r in rows]),
         "error of V (relative)": (
-            [_number(r, "value_error") for r in rows], [_number(r, "value_error_se") for r in rows]
+            [number(r, "value_error") for r in rows], [number(r, "value_error_se") for r in rows]
         ),
         "variance / (γ R⁻¹) - 1": (
-            [abs(_number(r, "variance_ratio") - 1) for r in rows], [_number(r, "variance_ratio_se") for r in rows]
+            [abs(number(r, "variance_ratio") - 1) for r in rows], [number(r, "variance_ratio_se") for r in rows]
         ),
     }  # fmt: skip
     for (label, (mean, se)), colour in zip(series.items(), COLOURS, strict=False):
         ax.errorbar(n, mean, yerr=se, color=colour, linewidth=1.3, elinewidth=0.7, label=label)
     ax.set(yscale="log", title="lq-1d: q-learning", xlabel="epoch (256 trajectories)")
     ax.legend(frameon=False, fontsize="small")
-
-
-def _number(row: Row, name: str) -> float:
-    return float(str(row[name]))
 
 
 def main(options: Options) -> None:

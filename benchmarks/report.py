@@ -34,6 +34,14 @@ class Options:
     """Seed of all randomness."""
 
 
+def number(row: Row, name: str) -> float:
+    """A cell that holds a number."""
+    value = row[name]
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, not a number")
+    return float(value)
+
+
 def command(name: str, options: Options) -> str:
     """`python benchmarks/NAME.py` with the options that differ from their defaults."""
     words = ["python", f"benchmarks/{name}.py"]

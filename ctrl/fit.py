@@ -30,7 +30,7 @@ from ctrl.gaussian import GaussianPolicy
 from ctrl.grids import node_weights
 from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
-from ctrl.regularize import kl_rate
+from ctrl.regularize import kl_rate, noiseless
 from ctrl.replay import Batch, Nodes, Replay, with_reward
 from ctrl.rollout import batch_times, concatenate, rollout
 from ctrl.solvers import Heun, Solver
@@ -84,8 +84,8 @@ class Settings:
         progress: show a bar.
     """
 
-    epochs: int = 40
-    samples: int = 256
+    epochs: int = 160
+    samples: int = 64
     steps: int = 20
     solver: Solver = field(default_factory=Heun)
     grid: Callable[[Any, int], Tensor] = grids.natural
@@ -267,10 +267,12 @@ class Run:
 
     def lay_actions(self) -> None:
         """Beside the newest batch: a_old, what the policy did at each node (its mean, if it explores), and a_ref, what
-        the reference would do."""
+        the reference would do. Without noise there is no KL to be logged."""
         batch = self.replay.batches[-1]
         batch.lay("a_ref", self.at_nodes(self.problem.reference, batch))
         batch.lay("a_old", self._acted(batch))
+        if noiseless(self.problem):
+            return
         t, _, _ = batch.trajectory.flat()
         rate = kl_rate(self.problem, t, batch.fields["a_old"].flatten(0, 1), batch.fields["a_ref"].flatten(0, 1))
         w = node_weights(batch.trajectory.w).to(rate)

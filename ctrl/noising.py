@@ -101,6 +101,12 @@ class VP(Noising):
     def log_snr(self, s: Tensor) -> Tensor:
         return -torch.expm1(self.int_g2(s)).log()
 
+    def between(self, s: Tensor, s0: float | None = None) -> tuple[Tensor, Tensor]:
+        span = self.int_g2(s)
+        if s0 is not None:
+            span = span - self.int_g2(torch.as_tensor(s0, dtype=s.dtype, device=s.device))
+        return (-span / 2).exp(), -torch.expm1(-span)
+
     def s_of_log_snr(self, log_snr: Tensor) -> Tensor:
         return self.s_of_int_g2(torch.logaddexp(torch.zeros_like(log_snr), -log_snr))
 

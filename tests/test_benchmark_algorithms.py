@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 import benchmarks.algorithms
 from benchmarks.algorithms import (
@@ -16,11 +17,13 @@ from benchmarks.algorithms import (
     carry_out,
     draw,
     first_below,
+    gain,
     jobs_of,
-    objective_bias,
     run,
     spread,
     summarise,
+    train,
+    trained,
 )
 from ctrl import EulerMaruyama, Heun, grids
 from toy import catalogue
@@ -38,13 +41,24 @@ def short(method="actor-critic", **changes):
 
 
 def test_a_run_is_scored():
-    row = run(short())
+    row, _ = train(short())
     assert row["failed"] is None and 0 < row["regret"] < 1 and row["regret_stderr"] < row["regret"]
     assert row["reward_calls"] == 512 and row["seconds"] > 0
     curve = json.loads(row["curve"])
-    assert [n for n, _ in curve] == [256, 512] and curve[-1][1] == pytest.approx(row["regret"], rel=0.3)
+    assert [n for n, _ in curve] == [64, 128, 192, 256, 320, 384, 448, 512] and curve[-1][1] == pytest.approx(
+        row["regret"], rel=0.3
+    )
     assert row["critic_gradient_error"] is not None
-    assert run(short("ddpo-euler"))["critic_gradient_error"] is None
+    assert train(short("ddpo-euler"))[0]["critic_gradient_error"] is None
+
+
+def test_a_run_leaves_its_policy(tmp_path):
+    run(job := short(trajectories=64), tmp_path)
+    policy = trained(job, tmp_path)
+    reference = catalogue.get("gaussian-1d").problem.reference
+    t, x = torch.full((3,), 0.5), torch.linspace(-1, 1, 3)[:, None]
+    assert not torch.equal(policy(t, x), reference(t, x, None))
+    assert json.loads((tmp_path / f"{job.key}.json").read_text())["trajectories"] == 64
 
 
 def test_a_users_algorithm_is_one_more_method(tmp_path, monkeypatch):
@@ -52,7 +66,7 @@ def test_a_users_algorithm_is_one_more_method(tmp_path, monkeypatch):
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Plain" in block)
     (tmp_path / "mymodule.py").write_text(example.partition("\n\nassert")[0])
     monkeypatch.syspath_prepend(tmp_path)
-    row = run(short("mymodule:Plain", trajectories=1024))
+    row, _ = train(short("mymodule:Plain", trajectories=1024))
     assert row["failed"] is None and row["regret"] < 1
     (job,) = jobs_of(AlgorithmOptions(problem=("gaussian-1d",), method=(), seeds=1, algorithm="mymodule:Plain"))
     assert job.method == "mymodule:Plain" and ":" not in job.key
@@ -108,7 +122,7 @@ def test_the_objective_of_a_fine_grid_is_the_exact_one():
     entry = catalogue.get("gaussian-1d")
 
     def bias(solver, grid, steps):
-        return abs(objective_bias(entry, solver, grid(entry.problem, steps)))
+        return abs(float(gain(entry, entry.optimal_policy, solver, grid(entry.problem, steps)).mean))
 
     assert bias(Heun(), grids.natural, 200) < 0.01
     assert bias(EulerMaruyama(), grids.uniform, 20) > 4 * bias(EulerMaruyama(), grids.uniform, 160)

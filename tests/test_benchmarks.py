@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from benchmarks import discretization_error, estimators, policy_iteration, report, rollout
+from benchmarks import discretization_error, estimators, moments, policy_iteration, report, rollout
 from ctrl import DDIM, EulerMaruyama, Heun, Noise, chain_kl, grids, z_bound
 from toy import catalogue
 from toy.chain import chain_moments
@@ -62,7 +62,7 @@ FIRST = ["ddpo-euler-public", "ddpo-euler", "ddpo-ddim", "Euler, left", "DDIM, l
 )
 def test_orders(estimator, order, kl):
     """The gap to the next order is 1. Heun's error without KL changes its slope on the way, and has no order there."""
-    most = discretization_error.ESTIMATORS[estimator].most
+    most = moments.ESTIMATORS[estimator].most
     calls = [n for n in (10, 20, 40, 80, 160) if n <= most]
     *_, row = discretization_error.bias(bias_case(kl), estimator, "uniform", calls)
     if (estimator, kl) == ("Heun", False):
@@ -73,7 +73,7 @@ def test_orders(estimator, order, kl):
 
 @functools.cache
 def bias_case(kl=True):
-    return discretization_error.Case.of("gaussian-1d", kl)
+    return moments.Case.of("gaussian-1d", kl)
 
 
 TABLE = {  # at 10, 20, 40, 80 calls; from independent code in one dimension, which has .0041 where this has .00404
@@ -128,14 +128,14 @@ def test_random_nodes_have_the_expectation_of_all():
     """One node of N + 1, weighted by N + 1: the mean over the draw is the sum."""
     case, solver = bias_case(), Heun()
     times = grids.uniform(case.problem, 4)
-    path = discretization_error.trajectory(case.problem, solver, times, case.moments(solver, times))
+    path = moments.trajectory(case.problem, solver, times, case.moments(solver, times))
     alone = []
     for k in range(5):
         keep = torch.zeros(5)
         keep[k] = 5.0
         one = dataclasses.replace(path, w=path.w * torch.stack([keep[:-1], keep[1:]]))
-        alone.append(discretization_error.expected(case, one))
-    torch.testing.assert_close(torch.stack(alone).mean(0), discretization_error.expected(case, path))
+        alone.append(moments.expected(case, one))
+    torch.testing.assert_close(torch.stack(alone).mean(0), moments.expected(case, path))
 
 
 @pytest.mark.long
@@ -172,7 +172,7 @@ def test_the_chains_own_kl_is_its_derivation():
     case, solver = bias_case(), DDIM()
     problem, times = case.problem, grids.uniform(case.problem, 10)
     chain = case.moments(solver, times)
-    path = discretization_error.trajectory(problem, solver, times, chain)
+    path = moments.trajectory(problem, solver, times, chain)
     s, gain = problem.s(times), -0.3 * times / problem.horizon
     second_moment = (gain * chain.mean[:, 0] + 0.6).square() + gain.square() * chain.covariance[:, 0, 0]
     eps = problem.noising.sigma(s).square() * second_moment
@@ -183,7 +183,7 @@ def test_the_chains_own_kl_is_its_derivation():
 def test_points_have_the_moments():
     root = torch.randn(3, 4, 4)
     mean, covariance = torch.randn(3, 4), root @ root.mT + torch.eye(4)
-    x = discretization_error.points(mean, covariance)
+    x = moments.points(mean, covariance)
     torch.testing.assert_close(x.mean(1), mean)
     torch.testing.assert_close(torch.stack([v.T.cov(correction=0) for v in x]), covariance)
 
@@ -234,7 +234,7 @@ def test_a_number_that_is_not_finite_is_refused_and_leaves_no_file(tmp_path):
 def test_euler_is_measured_with_its_own_quadrature():
     case, solver = bias_case(), EulerMaruyama()
     times = grids.uniform(case.problem, 4)
-    path = discretization_error.trajectory(case.problem, solver, times, case.moments(solver, times))
+    path = moments.trajectory(case.problem, solver, times, case.moments(solver, times))
     torch.testing.assert_close(path.w, grids.left(case.problem, times))
 
 

@@ -68,7 +68,8 @@ class Score:
 def score(
     entry: Entry, policy: Mean, critic: Critic | None = None, *, samples: int = 2048, steps: int = 200, seed: int = 999
 ) -> Score:
-    """Score a policy on a fine grid: stochastic Heun, `steps` steps, the same noise for every policy."""
+    """Score a policy on a fine grid, where its parameters are: stochastic Heun, `steps` steps, the same noise for every
+    policy."""
     problem, path = entry.problem, _rollout(entry, policy, samples, steps, seed)
     scale = reference_regret(entry, samples, steps, seed)
 
@@ -110,8 +111,14 @@ def reference_regret(entry: Entry, samples: int = 2048, steps: int = 200, seed: 
     return float(path.integrate(rate).mean())
 
 
+def device_of(policy: Mean) -> torch.device:
+    """Where the parameters of a policy are; the CPU if it has none."""
+    parameters = policy.parameters() if isinstance(policy, nn.Module) else iter(())
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
 def _rollout(entry: Entry, policy: Mean, samples: int, steps: int, seed: int) -> Trajectory:
-    ids = torch.arange(samples)
+    ids = torch.arange(samples, device=device_of(policy))
     times = grids.natural(entry.problem, steps)
     return rollout(entry.problem, policy, times, Noise(seed), ids, solver=Heun(), cond=entry.condition(ids))
 
@@ -209,7 +216,7 @@ def gradients(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        run = _Probe(problem, policy, algorithm, critic, None, settings, Accelerator())
+        run = _Probe(problem, policy, algorithm, critic, None, settings, Accelerator(cpu=True))
         return torch.stack([run.gradient() for _ in range(epochs)])
     finally:
         torch.set_default_dtype(before)

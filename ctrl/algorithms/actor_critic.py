@@ -49,10 +49,10 @@ class ActorCritic(Algorithm):
             shorter than the gradient's.
     """
 
-    critic_updates: int = 20
-    actor_updates: int = 20
-    nodes: int = 1024
-    keep: int = 4
+    critic_updates: int = 12
+    actor_updates: int = 12
+    nodes: int = 256
+    keep: int = 16
     trace: float = 3.0
     critic_control: bool = False
     nats: float = 8.0

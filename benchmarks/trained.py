@@ -1,0 +1,356 @@
+"""What is left of the step size in a policy that was trained at N steps: the trained panels of
+`discretization_error.py`.
+
+    transfer    policies trained at each N, sampled at every N by the solver they were trained with, by 2M at 20 calls,
+                by the probability-flow ODE (with the path KL of the SDE), and in the limit: regret against the optimum,
+                the reward and the cost as that sampler has them. The optimum itself, sampled so, stands beside them.
+    invariance  one setting for all N: how far learning curves (their mean distance) and final regrets lie apart over N.
+    drift       what of that the objective alone explains. Start at the optimum, maximise the N-step objective itself
+                (exact moments, quasi-Newton to convergence) over a* + p(t) x + q(t), with polynomials p and q: the
+                regret of where it ends. A policy that is right at all N would not move.
+    black_box   learning from trajectories of solvers without a transition density: stochastic Heun, torchsde's adaptive
+                scheme, and the ODE (eta = 0) by Heun, where the price on actions is R = beta kappa²/g², that of the KL
+                which the same drift would cost if the noise were there.
+
+Runs are kept, and shared with `algorithms.py`. DDPO has LONGER times the trajectories, since it learns more slowly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+import torchsde
+from numpy.polynomial.chebyshev import chebvander
+from torch import Tensor, nn
+
+from benchmarks.algorithms import METHODS, Job, carry_out, entry_of, gain, trained
+from benchmarks.moments import Case, Cost, by_quadrature, girsanov, integrated, objective, own_kl
+from benchmarks.report import Row, number
+from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, NetworkCritic, Noise, ScoreAsAction, grids, rollout
+from ctrl.algorithms import DDPO, ActorCritic
+from ctrl.bridge import sdeint
+from ctrl.fit import Settings, fit
+from ctrl.gaussian import Mean
+from ctrl.linop import LinOp, Scalar
+from ctrl.problem import Problem
+from ctrl.solvers import Act, Solver
+from toy import catalogue
+from toy.catalogue import Entry
+from toy.gaussian import GaussianDiffusion
+from toy.lq import LQ, Array, LinearPolicy
+from toy.networks import Policy, Value
+from toy.scoreboard import reference_regret, score
+
+TRAINED = ("actor-critic", "ddpo-euler")
+LONGER = 4
+ODE_SAMPLES, ODE_STEPS = 16_384, 50
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which policies are trained."""
+
+    problems: Sequence[str]
+    steps: Sequence[int]
+    seeds: int
+    trajectories: int
+    store: Path
+    device: str
+    workers: int = os.cpu_count() or 1
+
+    def job(self, problem: str, method: str, steps: int, seed: int) -> Job:
+        """One run."""
+        more = LONGER if method.startswith("ddpo") else 1
+        return Job(problem, method, steps, seed, more * self.trajectories)
+
+    def jobs(self, problem: str, method: str, steps: int) -> list[Job]:
+        """Its seeds."""
+        return [self.job(problem, method, steps, seed) for seed in range(self.seeds)]
+
+    def train(self) -> dict[Job, Row]:
+        """All runs, from their files where they are done."""
+        jobs = [job for case in product(self.problems, TRAINED, self.steps) for job in self.jobs(*case)]
+        runs = dict(zip(jobs, carry_out(jobs, self.store, self.workers, device=self.device), strict=True))
+        if failed := {job.key: row["failed"] for job, row in runs.items() if row["failed"]}:
+            raise ValueError(f"runs that failed, in {self.store}: {failed}")
+        return runs
+
+
+def calls_of(method: str, steps: int) -> int:
+    """Network calls a trajectory."""
+    return steps * Settings(**METHODS[method].settings).solver.calls
+
+
+def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, float | None]:
+    """Mean and standard error over seeds; `noise` is the error that all seeds share."""
+    n = len(values)
+    return mean(values), math.hypot(stdev(values) / n**0.5, noise) if n > 1 else noise or None
+
+
+# transfer
+
+
+def transfer(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
+    """The regret of each policy wherever it is sampled, one row a problem, method, N and place."""
+    for problem, method in product(plan.problems, TRAINED):
+        optimum = sampled_at(problem, method, entry_of(problem).optimal_policy, plan.steps)
+        for at, (regret, se) in optimum.items():
+            name = f"optimum by {solver_of(method)}"
+            yield {"panel": "transfer", "problem": problem, "estimator": name, "steps": None, "seeds": None,
+                   "nfe": None, "trajectories": None, "at": at, "regret": regret, "regret_se": se}  # fmt: skip
+        for steps in plan.steps:
+            jobs = plan.jobs(problem, method, steps)
+            places = [sampled_at(problem, method, trained(job, plan.store), plan.steps) for job in jobs]
+            found = {at: over_seeds([place[at][0] for place in places], optimum[at][1]) for at in optimum}
+            found["limit"] = over_seeds([number(runs[job], "regret") for job in jobs])
+            for at, (regret, error) in found.items():
+                yield {"panel": "transfer", "problem": problem, "estimator": method, "steps": steps,
+                       "seeds": len(jobs), "nfe": calls_of(method, steps), "trajectories": jobs[0].trajectories,
+                       "at": at, "regret": regret, "regret_se": error}  # fmt: skip
+
+
+def solver_of(method: str) -> str:
+    """The name of the solver it is trained with."""
+    return type(Settings(**METHODS[method].settings).solver).__name__
+
+
+def sampled_at(problem: str, method: str, policy: Mean, steps: Sequence[int]) -> dict[str, tuple[float, float]]:
+    """Place -> regret and its standard error."""
+    entry, settings = entry_of(problem), Settings(**METHODS[method].settings)
+    found = {f"N = {n}": gain(entry, policy, settings.solver, settings.grid(entry.problem, n), 2048) for n in steps}
+    found["2M, 20 calls"] = gain(entry, policy, Multistep2(), grids.natural(entry.problem, 20), 2048)
+    places = {at: (-float(estimate.mean), float(estimate.stderr)) for at, estimate in found.items()}
+    return {**places, "ODE": by_ode(entry, policy)}
+
+
+@torch.no_grad()
+def by_ode(entry: Entry, policy: Mean) -> tuple[float, float]:
+    """Regret with the reward of the probability-flow ODE and the path KL of the SDE."""
+    problem = entry.problem
+    assert isinstance(problem, ScoreAsAction)
+    ode, ids = dataclasses.replace(problem, eta=0.0), torch.arange(ODE_SAMPLES)
+    times, noise = grids.natural(problem, ODE_STEPS), Noise(996)
+    path = rollout(ode, policy, times, noise, ids, solver=Heun(), cond=entry.condition(ids))
+    reward = problem.reward(path.x[-1], path.cond)
+    price, unit = problem.beta * score(entry, policy, samples=1024, steps=60).path_kl.mean, reference_regret(entry)
+    regret = float(entry.J_optimal.mean) - float(reward.mean() - price)
+    return regret / unit, float(reward.std()) / ODE_SAMPLES**0.5 / unit
+
+
+def cost(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
+    """What learning costs, one row a problem, method and N."""
+    for problem, method, steps in product(plan.problems, TRAINED, plan.steps):
+        jobs = plan.jobs(problem, method, steps)
+        seconds, calls = (mean(number(runs[j], name) / j.trajectories for j in jobs) for name in SPENT)
+        yield {"panel": "cost", "problem": problem, "estimator": method, "steps": steps,
+               "seconds_per_1000": 1000 * seconds, "network_calls_per_trajectory": calls}  # fmt: skip
+
+
+SPENT = ("seconds", "network_calls")
+
+# invariance
+
+
+def invariance(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
+    """How far apart over N, one row a problem and method."""
+    for problem, method in product(plan.problems, TRAINED):
+        jobs = {n: plan.jobs(problem, method, n) for n in plan.steps}
+        finals = {n: over_seeds([number(runs[j], "regret") for j in seeds]) for n, seeds in jobs.items()}
+        low, high = (pick(finals, key=lambda n: finals[n][0]) for pick in (min, max))
+        errors = [error for n in (low, high) if (error := finals[n][1]) is not None]
+        curves = torch.tensor([[regrets(runs[j]) for j in seeds] for seeds in jobs.values()]).mean(1)
+        yield {"panel": "invariance", "problem": problem, "estimator": method, "from": min(plan.steps),
+               "to": max(plan.steps), "seeds": plan.seeds, "best_steps": low, "best": finals[low][0],
+               "worst_steps": high, "worst": finals[high][0], "apart": finals[high][0] - finals[low][0],
+               "apart_se": math.hypot(*errors) if errors else None,
+               "curves_apart": float((curves.amax(0) - curves.amin(0)).mean())}  # fmt: skip
+
+
+def regrets(run: Row) -> list[float]:
+    """Its learning curve."""
+    return [regret for _, regret in json.loads(str(run["curve"]))]
+
+
+DEGREE = 5
+
+
+class Around(nn.Module):
+    """a* + p(t) x + q(t): p and q are Chebyshev sums of degree DEGREE with coefficients theta, (2, DEGREE + 1)."""
+
+    def __init__(self, optimum: LinearPolicy, horizon: float) -> None:
+        super().__init__()
+        self.optimum, self.horizon = optimum, horizon
+        self.theta = nn.Parameter(torch.zeros(2, DEGREE + 1, dtype=torch.float64))
+
+    def basis(self, t: Array) -> Array:
+        return chebvander(2 * t / self.horizon - 1, DEGREE)
+
+    def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        p, q = self.theta @ torch.from_numpy(self.basis(t.numpy())).mT
+        return self.optimum(t, x, cond) + p[:, None] * x + q[:, None]
+
+    def linear(self) -> LinearPolicy:
+        """For exact answers."""
+        (p, q), best = self.theta.detach().numpy(), self.optimum
+        return LinearPolicy(
+            lambda t: best.K(t) + (self.basis(t) @ p)[:, None, None] * np.eye(best.K(t).shape[1]),
+            lambda t: best.k(t) + (self.basis(t) @ q)[:, None],
+        )
+
+
+OBJECTIVES: dict[str, tuple[Solver | None, Cost]] = {  # None: Euler with integrated coefficients
+    "ddpo-euler-public": (EulerMaruyama(left_noise=True), own_kl),
+    "ddpo-ddim-public": (DDIM(), own_kl),
+    "ddpo-euler": (None, girsanov),
+    "ddpo-ddim": (DDIM(), girsanov),
+    "ddpo-2m": (Multistep2(), girsanov),
+    "Heun": (Heun(), by_quadrature),
+}
+
+
+def drift(problem: str, estimator: str, steps: int) -> Iterator[Row]:
+    """The regret that maximising the N-step objective makes of the optimum, over J* - J_ref; exact."""
+    case, (solver, cost) = Case.of(problem), OBJECTIVES[estimator]
+    solver = solver or integrated(case.problem)
+    policy, times = Around(case.lq.optimal_policy(), case.lq.horizon), grids.uniform(case.problem, steps)
+    quasi_newton = torch.optim.LBFGS(policy.parameters(), max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        quasi_newton.zero_grad()
+        value = -objective(solver, cost, case, policy, times)
+        value.backward()
+        return value
+
+    quasi_newton.step(loss)
+    best = case.lq.J_optimal()
+    regret = (best - case.lq.J(policy.linear())) / (best - case.lq.J(case.lq.reference))
+    yield {"panel": "drift", "problem": problem, "estimator": estimator, "steps": steps,
+            "nfe": steps * solver.calls, "regret": regret}  # fmt: skip
+
+
+# black box
+
+
+@dataclass(frozen=True)
+class Adaptive(Solver):
+    """torchsde's Euler with its adaptive step size between two nodes, on a Brownian path that has the rollout's own
+    increment. What it does inside is not known to anyone who sees the nodes."""
+
+    tolerance: float = 1e-2
+
+    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
+        return grids.trapezoid(problem, times)
+
+    def plan(self, problem: Problem, times: Tensor) -> list[Tensor]:
+        return list(times.unfold(0, 2, 1))
+
+    def step(
+        self, problem: Problem, c: Tensor, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+    ) -> Tensor:
+        start, end = problem.clock(c).tolist()
+        seed = int(xi.double().sum().view(torch.int64)) & (2**62 - 1)  # what lies between is drawn by the increment
+        path = torchsde.BrownianInterval(
+            t0=start, t1=end, size=xi.flatten(1).shape, dtype=xi.dtype, entropy=seed,
+            W=(end - start) ** 0.5 * xi.flatten(1),
+        )  # fmt: skip
+        h = float(c[1] - c[0])
+        options: dict[str, Any] = {"method": "euler", "adaptive": True, "dt": h, "dt_min": h / 64}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Numerical solution is not guaranteed")  # it is: the noise is additive
+            return sdeint(
+                problem, lambda t, x, cond: act(t[0], x), c, x, brownian=path, in_clock=True,
+                rtol=self.tolerance, atol=self.tolerance, **options,
+            ).x[-1]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PricedODE(ScoreAsAction):
+    """eta = 0 with the price R = beta kappa²/g²."""
+
+    def penalty(self, t: Tensor) -> LinOp:
+        return Scalar(self.beta / 4 * self.rate(t))
+
+
+@cache
+def without_noise(name: str) -> tuple[PricedODE, LQ]:
+    """A Gaussian problem of the catalogue on the ODE, and its exact answers: Riccati does not see the noise."""
+    exact = catalogue.get(name).exact
+    assert isinstance(exact, GaussianDiffusion)
+    fields = {f.name: getattr(exact.problem, f.name) for f in dataclasses.fields(exact.problem)}
+
+    def at(t: Array) -> Any:
+        c = exact.lq.at(t)  # kappa = g² and R = beta g² there; half and a quarter of these here
+        return dataclasses.replace(c, B=c.B / 2, SS=0 * c.SS, R=c.R / 4)
+
+    return PricedODE(**{**fields, "eta": 0.0}), dataclasses.replace(exact.lq, at=at)
+
+
+BOXES: dict[str, tuple[str, Solver]] = {
+    "stochastic Heun": ("sde", Heun()),
+    "torchsde, adaptive": ("sde", Adaptive()),
+    "ODE, Heun": ("ode", Heun()),
+}
+
+
+def black_box(box: str, name: str, seeds: int, trajectories: int, steps: int = 20) -> Iterator[Row]:
+    """The regret that the actor-critic reaches, and what DDPO says."""
+    kind, solver = BOXES[box]
+    about: Row = {"panel": "black_box", "problem": name, "solver": box, "steps": steps}
+    try:
+        DDPO().check(catalogue.get(name).problem, solver, None)
+    except ValueError as refusal:
+        yield {**about, "estimator": "ddpo", "regret": None, "why": str(refusal)}
+    learn = on_the_ode if kind == "ode" else on_the_sde
+    regret, se = over_seeds([learn(name, solver, seed, trajectories, steps) for seed in range(seeds)])
+    yield {**about, "estimator": "actor-critic", "seeds": seeds, "trajectories": trajectories,
+           "regret": regret, "regret_se": se}  # fmt: skip
+
+
+def _settings(solver: Solver, seed: int, trajectories: int, steps: int) -> Settings:
+    settings = Settings(steps=steps, solver=solver, seed=seed, progress=False)
+    return dataclasses.replace(settings, epochs=max(trajectories // settings.samples, 1))
+
+
+def on_the_sde(name: str, solver: Solver, seed: int, trajectories: int, steps: int) -> float:
+    """Relative regret on the fine grid."""
+    torch.manual_seed(seed)
+    entry = catalogue.get(name)
+    policy, critic = Policy(entry.problem), NetworkCritic(entry.problem, Value(entry.problem))
+    settings = _settings(solver, seed, trajectories, steps)
+    fit(entry.problem, policy, ActorCritic(), critic=critic, settings=settings)
+    return float(score(entry, policy, steps=100).relative_regret.mean)
+
+
+def on_the_ode(name: str, solver: Solver, seed: int, trajectories: int, steps: int) -> float:
+    """(J* - J)/(J* - J_ref) by Heun in 100 steps from the same starts."""
+    torch.manual_seed(seed)
+    problem, lq = without_noise(name)
+    policy, critic = Policy(problem), NetworkCritic(problem, Value(problem))
+    algorithm = ActorCritic(nats=math.inf)  # without noise there is no KL to be measured in
+    fit(problem, policy, algorithm, critic=critic, settings=_settings(solver, seed, trajectories, steps))
+
+    def J(mean: Mean) -> float:
+        ids, times = torch.arange(4096), grids.natural(problem, 100)
+        path = rollout(problem, mean, times, Noise(995), ids, solver=Heun())
+
+        def cost(t: Tensor, x: Tensor, cond: None) -> Tensor:
+            return problem.running_cost(t, x, mean(t, x, cond), problem.reference(t, x, cond))
+
+        with torch.no_grad():
+            return float((problem.reward(path.x[-1], None) - path.integrate(cost)).mean())
+
+    best = J(lq.optimal_policy())
+    return (best - J(policy)) / (best - J(problem.reference))
