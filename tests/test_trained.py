@@ -38,8 +38,8 @@ def test_the_policy_around_the_optimum_is_one_for_chains_and_for_exact_answers()
 
 
 def test_an_objective_of_second_order_moves_the_optimum_less():
-    """Regret is quadratic in how far the optimum moves, so of order 2 and 4: a halved step divides it by 4 and 16, about
-    so on coarse grids; and Heun's is the least."""
+    """Regret is quadratic in how far the optimum moves, so of order 2 and 4: half the step divides it by 4 and by 16,
+    about so on coarse grids; and Heun's is the least."""
     found = {
         name: [row["regret"] for n in (10, 20) for row in drift("gaussian-1d", name, n)]
         for name in ("ddpo-euler", "Heun")
