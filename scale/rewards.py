@@ -1,0 +1,228 @@
+"""Rewards of pictures: reward(images, prompts, metadata) -> (n,).
+
+    images: (n, 3, H, W) in [0, 1], float32; prompts: n strings; metadata: n dictionaries, empty where there are none.
+
+`reward_of` reads what a user writes: a name, `name=model` for another model than the usual one, `module:function`, and
+weighted sums of these, such as "pickscore + 0.1 * jpeg-compressibility". A larger number is better.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from transformers import CLIPModel, CLIPTokenizer
+
+from scale import reward_worker, shapes
+
+Metadata = Sequence[dict[str, Any]]
+Reward = Callable[[Tensor, list[str], Metadata], Tensor]
+
+
+# ------------------------------------------------------------------------------------------ of the file
+
+
+def kilobytes(images: Tensor, quality: int = 95) -> Tensor:
+    """Size as a JPEG, (n,), in kB of 1000 bytes (the reward of arXiv 2305.13301)."""
+
+    def size(pixels: Any) -> float:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
+        return buffer.tell() / 1000
+
+    pictures = (images.detach().float() * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+    with ThreadPoolExecutor() as pool:
+        return torch.tensor(list(pool.map(size, pictures)), dtype=torch.float32, device=images.device)
+
+
+def jpeg_compressibility(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+    """Minus the size, in kB."""
+    return -kilobytes(images)
+
+
+def jpeg_incompressibility(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+    """The size, in kB."""
+    return kilobytes(images)
+
+
+# ------------------------------------------------------------------------------------------ of picture and prompt
+
+
+class ClipScore(nn.Module):
+    """Cosine between picture and prompt in a CLIP model, differentiable; times its temperature for PickScore.
+
+    Pictures are prepared as CLIPImageProcessor does it: shorter side to the model's size (bicubic, antialiased), the
+    middle cut out, mean and standard deviation of CLIP's own data.
+    """
+
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, model: str, scaled: bool = False) -> None:
+        super().__init__()
+        self.clip = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(model)
+        self.size, self.scaled = self.clip.config.vision_config.image_size, scaled
+        self.length = self.clip.config.text_config.max_position_embeddings
+
+    def forward(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        self.clip.to(images.device)
+        seen = self.clip.vision_model(self.prepared(images)).pooler_output
+        options: dict[str, Any] = {"padding": "max_length", "max_length": self.length, "truncation": True}
+        words = self.tokenizer(prompts, return_tensors="pt", **options).to(images.device)
+        read = self.clip.text_model(**words).pooler_output
+        pair = self.clip.visual_projection(seen), self.clip.text_projection(read)
+        cosine = torch.cosine_similarity(*pair, dim=1)
+        return cosine * self.clip.logit_scale.exp() if self.scaled else cosine
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """(n, 3, H, W) in [0, 1] -> (n, 3, size, size)."""
+        h, w = images.shape[2:]
+        scale = self.size / min(h, w)
+        size = (round(h * scale), round(w * scale))
+        resized = nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((n - self.size) // 2 for n in size)
+        middle = resized[:, :, top : top + self.size, left : left + self.size]
+        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.MEAN, self.STD))
+        return (middle - mean) / std
+
+
+def clip_score(model: str | None) -> Reward:
+    """Cosine in CLIP (Radford et al. 2021, arXiv 2103.00020)."""
+    return ClipScore(model or "openai/clip-vit-large-patch14")
+
+
+def pickscore(model: str | None) -> Reward:
+    """Logit of a CLIP tuned on people's choices (Kirstain et al. 2023, arXiv 2305.01569)."""
+    return ClipScore(model or "yuvalkirstain/PickScore_v1", scaled=True)
+
+
+def image_reward(model: str | None) -> Reward:
+    """Xu et al. 2023, arXiv 2304.05977, by its own package."""
+    try:
+        return reward_worker.image_reward(model)
+    except ImportError as missing:
+        raise ValueError(
+            f"imagereward needs the package image-reward ({missing}): pip install image-reward, or install it in an "
+            f"environment of its own, since it lags behind transformers, and give its interpreter as reward_python"
+        ) from missing
+
+
+def _fixed(reward: Reward) -> Callable[[str | None], Reward]:
+    """A reward that has no model."""
+
+    def make(model: str | None) -> Reward:
+        if model is not None:
+            raise ValueError(f"reward {getattr(reward, '__name__', reward)} has no model to be named, got {model!r}")
+        return reward
+
+    return make
+
+
+NAMES: dict[str, Callable[[str | None], Reward]] = {
+    "jpeg-compressibility": _fixed(jpeg_compressibility),
+    "jpeg-incompressibility": _fixed(jpeg_incompressibility),
+    "clip-score": clip_score,
+    "pickscore": pickscore,
+    "imagereward": image_reward,
+    "following": _fixed(shapes.following),
+}
+
+
+# ------------------------------------------------------------------------------------------ what a user writes
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """A sum of rewards."""
+
+    parts: tuple[tuple[float, Reward], ...]
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for weight, reward in self.parts:
+            total = total + weight * reward(images, prompts, metadata).to(total)
+        return total
+
+
+def reward_of(text: str, python: str | None = None) -> Reward:
+    """What the text names. python: the interpreter in which `module:function`, or imagereward, is imported, instead of
+    this one."""
+    parts = []
+    for term in text.split(" + "):
+        weight, star, name = term.rpartition("*")
+        try:
+            parts.append((float(weight) if star else 1.0, _one(name.strip(), python)))
+        except ValueError as wrong:
+            raise ValueError(f"reward {text!r}: {wrong}") from wrong
+    return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else Weighted(tuple(parts))
+
+
+def _one(name: str, python: str | None) -> Reward:
+    key, _, model = name.partition("=")
+    if key not in NAMES and ":" not in name:
+        raise ValueError(f"{name!r} is neither module:function nor one of {', '.join(NAMES)}")
+    if python is not None and (key not in NAMES or key == "imagereward"):
+        return Elsewhere(python, name)
+    if key in NAMES:
+        return NAMES[key](model or None)
+    try:
+        return reward_worker.load(name)
+    except (ImportError, AttributeError) as wrong:
+        raise ValueError(f"{name} cannot be imported: {wrong}") from wrong
+
+
+@dataclass
+class Elsewhere:
+    """A reward that runs in another interpreter, started at the first call (see `reward_worker.py`)."""
+
+    python: str
+    name: str
+    worker: subprocess.Popen[bytes] | None = field(default=None, repr=False)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        worker = self.worker = self.worker or self._start()
+        assert worker.stdin is not None and worker.stdout is not None
+        data = images.detach().float().cpu().contiguous().numpy()
+        head = {"shape": list(data.shape), "prompts": list(prompts), "metadata": list(metadata)}
+        try:
+            worker.stdin.write(json.dumps(head).encode() + b"\n" + data.tobytes())
+            worker.stdin.flush()
+            line = worker.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if not line:
+            status = worker.wait()
+            self.close()
+            raise RuntimeError(f"reward_python {self.python} ended with exit status {status} in {self.name}")
+        answer = json.loads(line)
+        if isinstance(answer, dict):
+            raise RuntimeError(f"{self.name} in {self.python} failed:\n{answer['error']}")
+        return torch.tensor(answer, dtype=torch.float32, device=images.device)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        script = Path(__file__).with_name("reward_worker.py")
+        try:
+            return subprocess.Popen(
+                [self.python, str(script), self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+        except OSError as wrong:
+            raise ValueError(f"reward_python {self.python!r} cannot be run: {wrong}") from wrong
+
+    def close(self) -> None:
+        """End the interpreter."""
+        if self.worker is not None:
+            self.worker.kill()
+            self.worker.__exit__(None, None, None)
+            self.worker = None
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,254 @@
+"""Pictures that can be drawn from their captions, and judged against them: coloured shapes on a ground, 32 x 32.
+
+    scene = parse("a large red circle on the left on a striped grey ground")
+    images = render([scene], torch.Generator().manual_seed(0))     # (1, 3, 32, 32) in [0, 1]
+    following(images, [str(scene)])                                # (1,), near 1
+
+What a caption leaves open (size, place) is drawn at random. `following` looks at the picture alone: which pixels have
+the colour that was asked for, how well the shape that was asked for covers them, and how much of the rest is ground.
+HELD_OUT are compositions that the embedded model never saw.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SIDE = 32
+COLOURS = {
+    "red": (0.85, 0.15, 0.15), "green": (0.15, 0.65, 0.25), "blue": (0.15, 0.30, 0.90), "yellow": (0.95, 0.85, 0.15),
+    "purple": (0.60, 0.20, 0.75), "orange": (0.95, 0.50, 0.10),
+}  # fmt: skip
+GROUNDS = {"white": (0.95, 0.95, 0.95), "grey": (0.55, 0.55, 0.55), "black": (0.08, 0.08, 0.08)}
+PATTERNS = ("striped", "checked")
+SIZES = {"small": 6.0, "large": 10.0}
+PLACES = {
+    "on the left": (-7.0, 0.0),
+    "on the right": (7.0, 0.0),
+    "at the top": (0.0, -7.0),
+    "at the bottom": (0.0, 7.0),
+}
+TONE = 0.18
+"""How much darker (on white) or lighter the second tone of a pattern is."""
+
+
+def _circle(x: Tensor, y: Tensor) -> Tensor:
+    return (x.square() + y.square()).sqrt() - 1
+
+
+def _square(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(x.abs(), y.abs()) - 0.85
+
+
+def _triangle(x: Tensor, y: Tensor) -> Tensor:
+    return torch.maximum(y - 0.8, (x.abs() * 2 - y - 1.2) / math.sqrt(5))
+
+
+def _cross(x: Tensor, y: Tensor) -> Tensor:
+    far, near = torch.maximum(x.abs(), y.abs()), torch.minimum(x.abs(), y.abs())
+    return torch.maximum(far - 1, near - 0.33)
+
+
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross,
+}  # fmt: skip
+"""Distance to the edge, about, negative inside, for a shape of radius 1 around the origin; y points down."""
+HELD_OUT = frozenset({
+    ("circle", "green"), ("square", "purple"), ("triangle", "yellow"), ("cross", "blue"), ("triangle", "red"),
+    ("cross", "orange"),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Object:
+    """A shape; None leaves to chance."""
+
+    shape: str
+    colour: str
+    size: str | None = None
+    place: str | None = None
+
+    def __str__(self) -> str:
+        return " ".join(word for word in ("a", self.size, self.colour, self.shape, self.place) if word)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One object, or two side by side, on a ground."""
+
+    objects: tuple[Object, ...]
+    ground: str
+    pattern: str | None = None
+
+    def __str__(self) -> str:
+        ground = " ".join(word for word in (self.pattern, self.ground) if word)
+        return f"{' and '.join(map(str, self.objects))} on a {ground} ground"
+
+
+_OBJECT = rf"a (?:({'|'.join(SIZES)}) )?({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})(?: ({'|'.join(PLACES)}))?"
+_SCENE = re.compile(rf"{_OBJECT}(?: and {_OBJECT})? on a (?:({'|'.join(PATTERNS)}) )?({'|'.join(GROUNDS)}) ground")
+
+
+def parse(caption: str) -> Scene:
+    """The scene that a caption describes."""
+    found = _SCENE.fullmatch(caption)
+    if found is None:
+        raise ValueError(
+            "prompt must be of the form 'a [size] colour shape [place] [and a ...] on a [pattern] ground', such as "
+            f"'a large red circle on a striped white ground', got {caption!r}"
+        )
+    words: list[Any] = list(found.groups())
+    objects = [Object(shape, colour, size, place) for size, colour, shape, place in (words[:4], words[4:8]) if shape]
+    return Scene(tuple(objects), words[9], words[8])
+
+
+def one_object(held_out: bool | None = None) -> list[Scene]:
+    """Every scene of one object on a plain ground; of compositions held out, of the others, or of all."""
+    pairs = [p for p in product(SHAPES, COLOURS) if held_out is None or (p in HELD_OUT) is held_out]
+    return [Scene((Object(*pair),), ground) for pair, ground in product(pairs, GROUNDS)]
+
+
+def draw_scenes(n: int, rng: torch.Generator) -> list[Scene]:
+    """n scenes to learn from: none has a composition that is held out; a fifth have two objects."""
+    pairs = [p for p in product(SHAPES, COLOURS) if p not in HELD_OUT]
+
+    def pick(options: Sequence[Any], chance: float = 1.0) -> Any:
+        some, which = torch.rand(2, generator=rng).tolist()
+        return options[int(which * len(options))] if some < chance else None
+
+    scenes = []
+    for _ in range(n):
+        two = float(torch.rand((), generator=rng)) < 0.2
+        objects = [Object(*pick(pairs), pick([*SIZES], 0.4), pick([*PLACES], 0.3)) for _ in range(1)]
+        if two:
+            objects = [Object(*pick(pairs)), Object(*pick(pairs))]
+        scenes.append(Scene(tuple(objects), pick([*GROUNDS]), pick(PATTERNS, 0.3)))
+    return scenes
+
+
+# drawing
+
+
+def render(scenes: Sequence[Scene], rng: torch.Generator) -> Tensor:
+    """(n, 3, 32, 32) in [0, 1]; what the scenes leave open is drawn from rng."""
+    return torch.stack([_render(scene, torch.rand(2, 4, generator=rng).tolist()) for scene in scenes])
+
+
+def _pixels() -> tuple[Tensor, Tensor]:
+    """x and y of the pixels' centres, (32, 32) each, the picture's centre at 0."""
+    axis = torch.arange(SIDE, dtype=torch.float32) - (SIDE - 1) / 2
+    return axis.expand(SIDE, SIDE), axis[:, None].expand(SIDE, SIDE)
+
+
+def _render(scene: Scene, chance: list[list[float]]) -> Tensor:
+    picture = ground_of(scene)
+    for i, (item, (u, v, p, q)) in enumerate(zip(scene.objects, chance, strict=False)):
+        radius = SIZES[item.size] if item.size else 6 + 4 * u
+        if len(scene.objects) == 2:
+            radius, centre = 5.5 + 1.5 * u, ((-7.5, 7.5)[i], 6 * (v - 0.5))
+        elif item.place:
+            centre = PLACES[item.place]
+        else:
+            centre = (8 * (p - 0.5), 8 * (q - 0.5))
+        cover = coverage(item.shape, radius, centre)
+        picture = picture + cover * (torch.tensor(COLOURS[item.colour])[:, None, None] - picture)
+    return picture
+
+
+def coverage(shape: str, radius: float, centre: tuple[float, float]) -> Tensor:
+    """How much of each pixel a shape covers, (32, 32)."""
+    x, y = _pixels()
+    return (0.5 - radius * SHAPES[shape]((x - centre[0]) / radius, (y - centre[1]) / radius)).clamp(0, 1)
+
+
+def ground_of(scene: Scene) -> Tensor:
+    """The picture without its objects, (3, 32, 32)."""
+    x, y = _pixels()
+    base = torch.tensor(GROUNDS[scene.ground])[:, None, None].expand(3, SIDE, SIDE)
+    if scene.pattern is None:
+        return base.clone()
+    stripes, rows = ((v / 4).floor() % 2 for v in (x, y))
+    second = stripes if scene.pattern == "striped" else (stripes + rows) % 2
+    return base + second * (-TONE if scene.ground == "white" else TONE)
+
+
+# judging
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a picture shows of what its caption asks for.
+
+    Attributes:
+        cover: how well the requested shape covers the pixels of the requested colour, intersection over union, in
+            [0, 1], mean over objects.
+        ground: how much of the rest has the requested ground's colour, in [0, 1].
+        right: every object's colour is there, its best cover is by the requested shape, and most of the rest is ground.
+    """
+
+    cover: float
+    ground: float
+    right: bool
+
+
+def judge(image: Tensor, scene: Scene) -> Verdict:
+    """Look at one picture, (3, 32, 32)."""
+    colours, grounds = _nearest(image)
+    covers, found, objects = [], True, torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    for i, item in enumerate(scene.objects):
+        mask = colours == list(COLOURS).index(item.colour)
+        if len(scene.objects) == 2:  # each has its half
+            mask = mask & ((_pixels()[0] < 0) == (i == 0))
+        objects |= mask
+        fits = {shape: _fit(mask, shape) for shape in SHAPES}
+        covers.append(fits[item.shape])
+        found &= fits[item.shape] > 0 and max(fits, key=lambda shape: fits[shape]) == item.shape
+    rest = ~objects
+    ground = float((grounds == list(GROUNDS).index(scene.ground))[rest].float().mean()) if bool(rest.any()) else 0.0
+    return Verdict(sum(covers) / len(covers), ground, found and ground > 0.5)
+
+
+def following(images: Tensor, prompts: Sequence[str], metadata: Any = None) -> Tensor:
+    """How well each picture follows its prompt, (n,) in [0, 1]: three parts the cover, one part the ground."""
+    verdicts = [judge(image, parse(prompt)) for image, prompt in zip(images.float().cpu(), prompts, strict=True)]
+    return torch.tensor([0.75 * v.cover + 0.25 * v.ground for v in verdicts])
+
+
+def _nearest(image: Tensor) -> tuple[Tensor, Tensor]:
+    """For each pixel the number of its object colour, and of its ground; -1 where it is nearer to the other kind."""
+    grounds = [(i, c) for i, c in enumerate(GROUNDS.values())]
+    toned = [
+        (i, tuple(v + (-TONE if name == "white" else TONE) for v in c))
+        for (i, c), name in zip(grounds, GROUNDS, strict=True)
+    ]
+    palette = torch.tensor([*COLOURS.values(), *(c for _, c in grounds), *(c for _, c in toned)])
+    which = (image[None] - palette[:, :, None, None]).square().sum(1).argmin(0)
+    n = len(COLOURS)
+    kinds = torch.tensor([*[-1] * n, *(i for i, _ in grounds), *(i for i, _ in toned)])
+    return torch.where(which < n, which, -1), kinds[which]
+
+
+LEAST = 20
+"""Pixels of a colour below which there is no object."""
+
+
+def _fit(mask: Tensor, shape: str) -> float:
+    """Intersection over union of the mask with the shape put where the mask is, as large as the mask."""
+    area = float(mask.sum())
+    if area < LEAST:
+        return 0.0
+    x, y = _pixels()
+    unit = coverage(shape, 10.0, (0.0, 0.0))
+    lift = float((unit * y).sum() / unit.sum()) / 10  # a triangle's centroid is not its centre
+    radius = 10 * math.sqrt(area / float(unit.sum()))
+    centre = float(x[mask].mean()), float(y[mask].mean()) - lift * radius
+    cover = coverage(shape, radius, centre)
+    both = float(cover[mask].sum())
+    return both / (area + float(cover.sum()) - both)

@@ -1,0 +1,88 @@
+"""scale/shapes.py: what is drawn is what was asked for, and the judge sees it."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scale import shapes
+from scale.shapes import COLOURS, GROUNDS, HELD_OUT, PATTERNS, PLACES, SHAPES, SIZES, Object, Scene, judge, parse
+
+SCENES = st.builds(
+    Scene,
+    st.lists(
+        st.builds(
+            Object, st.sampled_from([*SHAPES]), st.sampled_from([*COLOURS]), st.sampled_from([None, *SIZES]),
+            st.sampled_from([None, *PLACES]),
+        ),
+        min_size=1, max_size=2,
+    ).map(tuple),
+    st.sampled_from([*GROUNDS]), st.sampled_from([None, *PATTERNS]),
+)  # fmt: skip
+
+
+def draw(*captions, seed=0):
+    return shapes.render([parse(caption) for caption in captions], torch.Generator().manual_seed(seed)).float()
+
+
+@given(SCENES)
+def test_a_caption_says_all(scene):
+    assert parse(str(scene)) == scene
+
+
+@pytest.mark.parametrize("caption", ["", "a fox", "a red circle", "red circle on a white ground",
+                                     "a red circle on a white ground, please"])  # fmt: skip
+def test_other_prompts_are_refused(caption):
+    with pytest.raises(ValueError, match="such as 'a large red circle"):
+        parse(caption)
+
+
+@given(SCENES, st.integers(0, 1000))
+def test_a_drawing_follows_its_caption(scene, seed):
+    picture = shapes.render([scene], torch.Generator().manual_seed(seed))[0].float()
+    assert float(picture.min()) >= 0 and float(picture.max()) <= 1
+    assert judge(picture, scene).right
+    assert float(shapes.following(picture[None], [str(scene)])) > 0.8
+
+
+def test_another_shape_colour_or_ground_does_not():
+    """The cover of a wrong shape is that of the two shapes; a wrong colour has none."""
+    (picture,) = draw("a large red circle on a white ground")
+    right, shape, colour, ground = (
+        judge(picture, parse(caption))
+        for caption in (
+            "a red circle on a white ground", "a red cross on a white ground", "a blue circle on a white ground",
+            "a red circle on a black ground",
+        )
+    )  # fmt: skip
+    assert right.right and not (shape.right or colour.right or ground.right)
+    assert colour.cover == 0 and ground.ground < 0.1
+    assert shape.cover < 0.75 < 0.9 < right.cover
+
+
+def test_two_objects_have_their_sides():
+    (picture,) = draw("a red circle and a blue square on a white ground")
+    assert judge(picture, parse("a red circle and a blue square on a white ground")).right
+    assert not judge(picture, parse("a blue square and a red circle on a white ground")).right
+
+
+def test_noise_and_bare_ground_show_nothing():
+    noise = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(0))
+    scene = parse("a red circle on a grey ground")
+    assert not judge(noise, scene).right
+    bare = judge(shapes.ground_of(scene), scene)
+    assert not bare.right and (bare.cover, bare.ground) == (0.0, 1.0)
+
+
+def test_held_out_compositions_are_never_drawn():
+    """Each shape and each colour is seen, though."""
+    scenes = shapes.draw_scenes(2000, torch.Generator().manual_seed(0))
+    seen = {(item.shape, item.colour) for scene in scenes for item in scene.objects}
+    assert len(seen) == len(SHAPES) * len(COLOURS) - len(HELD_OUT) and not seen & HELD_OUT
+    assert {len(scene.objects) for scene in scenes} == {1, 2}
+    assert len(shapes.one_object(True)) == 3 * len(HELD_OUT) and len(shapes.one_object()) == 72
+
+
+def test_the_same_seed_draws_the_same_picture():
+    assert torch.equal(draw("a red circle on a white ground"), draw("a red circle on a white ground"))
+    assert not torch.equal(draw("a red circle on a white ground"), draw("a red circle on a white ground", seed=1))
