@@ -307,16 +307,16 @@ def size(options: BiasOptions) -> Size:
     store = options.out / "algorithms.runs"
     if options.quick:
         calls = [n for n in options.steps if n in (10, 20, 80)]
-        plan = trained.Plan(["gaussian-1d"], (10, 20), 1, 512, store, options.device)
+        plan = trained.Plan(["gaussian-1d"], (10, 20), 1, 512, store, options.device, options.seed)
         return Size(["gaussian-1d"], ["uniform"], calls, ["gaussian-1d"], 256, 8, (1, 4, 16), plan, ["Heun"], [])
     sampled = [*options.problem, "mixture-2d"]
     exact = (options.problem, list(GRIDS), options.steps, sampled, 1024, 24, (1, 4, 16, 64, 256))
     problems = ["gaussian-1d", "mixture-2d"]
     if options.full:
         seeds = max(options.seeds, 3)
-        plan = trained.Plan(problems, (5, 10, 20, 50, 100), seeds, 10_240, store, options.device)
+        plan = trained.Plan(problems, (5, 10, 20, 50, 100), seeds, 10_240, store, options.device, options.seed)
         return Size(*exact, plan, list(trained.OBJECTIVES), problems)
-    plan = trained.Plan(problems, (10, 20, 50), options.seeds, 2560, store, options.device)
+    plan = trained.Plan(problems, (10, 20, 50), options.seeds, 2560, store, options.device, options.seed)
     return Size(*exact, plan, ["ddpo-euler", "Heun"], ["gaussian-1d"])
 
 
@@ -346,7 +346,7 @@ def learn(n: Size) -> list[Row]:
     work: list[Callable[[], Iterator[Row]]] = [
         *(partial(panel, n.plan, runs) for panel in (trained.transfer, trained.invariance, trained.cost)),
         *(partial(trained.drift, "gaussian-1d", e, steps) for e in n.drifts for steps in n.plan.steps),
-        *(partial(trained.black_box, *box, n.plan.seeds, n.plan.trajectories) for box in boxes),
+        *(partial(trained.black_box, *box, n.plan.seeds, n.plan.trajectories, n.plan.first) for box in boxes),
     ]
     return [row for panel in tqdm(work, "panels", leave=False) for row in panel()]
 

@@ -69,6 +69,8 @@ class Plan:
     trajectories: int
     store: Path
     device: str
+    first: int = 0
+    """The first seed."""
     workers: int = os.cpu_count() or 1
 
     def job(self, problem: str, method: str, steps: int, seed: int) -> Job:
@@ -78,7 +80,7 @@ class Plan:
 
     def jobs(self, problem: str, method: str, steps: int) -> list[Job]:
         """Its seeds."""
-        return [self.job(problem, method, steps, seed) for seed in range(self.seeds)]
+        return [self.job(problem, method, steps, seed) for seed in range(self.first, self.first + self.seeds)]
 
     def train(self) -> dict[Job, Row]:
         """All runs, from their files where they are done."""
@@ -305,7 +307,7 @@ BOXES: dict[str, tuple[str, Solver]] = {
 }
 
 
-def black_box(box: str, name: str, seeds: int, trajectories: int, steps: int = 20) -> Iterator[Row]:
+def black_box(box: str, name: str, seeds: int, trajectories: int, first: int = 0, steps: int = 20) -> Iterator[Row]:
     """The regret that the actor-critic reaches, and what DDPO says."""
     kind, solver = BOXES[box]
     about: Row = {"panel": "black_box", "problem": name, "solver": box, "steps": steps}
@@ -314,7 +316,7 @@ def black_box(box: str, name: str, seeds: int, trajectories: int, steps: int = 2
     except ValueError as refusal:
         yield {**about, "estimator": "ddpo", "regret": None, "why": str(refusal)}
     learn = on_the_ode if kind == "ode" else on_the_sde
-    regret, se = over_seeds([learn(name, solver, seed, trajectories, steps) for seed in range(seeds)])
+    regret, se = over_seeds([learn(name, solver, seed, trajectories, steps) for seed in range(first, first + seeds)])
     yield {**about, "estimator": "actor-critic", "seeds": seeds, "trajectories": trajectories,
            "regret": regret, "regret_se": se}  # fmt: skip
 

@@ -17,7 +17,7 @@ the pipeline itself stops (`set_alpha_to_one=False`), so its images are rewarded
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from ctrl.linop import broadcast
 from ctrl.noising import VPTable
 from ctrl.problem import IsotropicNormal, ScoreAsAction
-
-ImageReward = Callable[[Tensor, list[str]], Tensor]
-"""reward(images: (n, 3, H, W) in [0, 1], prompts: n) -> (n,)."""
+from scale.prompts import Prompt
+from scale.rewards import Reward
 
 
 def load(path: str, **options: Any) -> StableDiffusionPipeline:
@@ -44,23 +43,24 @@ class Prompts:
     """P prompts and what the text encoder makes of them, once. As `conditions` it gives sample i the prompt i mod P.
 
     Attributes:
-        texts: the prompts, P.
+        prompts: P of them, with what a reward may want to know beside the text.
         embeds: one state per token, (P, L, E).
         pooled: one vector per prompt, (P, E').
         empty: the embedding of the empty prompt, for guidance, (1, L, E).
     """
 
-    texts: Sequence[str]
+    prompts: Sequence[Prompt]
     embeds: Tensor
     pooled: Tensor
     empty: Tensor
 
     @staticmethod
     @torch.no_grad()
-    def encode(pipeline: StableDiffusionPipeline, texts: Sequence[str]) -> Prompts:
+    def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt | str]) -> Prompts:
         """Run the text encoder, which is not needed afterwards."""
+        known = tuple(Prompt(p) if isinstance(p, str) else p for p in prompts)
         tokens = pipeline.tokenizer(
-            ["", *texts],
+            ["", *(p.text for p in known)],
             padding="max_length",
             max_length=pipeline.tokenizer.model_max_length,
             truncation=True,
@@ -68,7 +68,7 @@ class Prompts:
         )
         states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))
         embeds, pooled = states.last_hidden_state, states.pooler_output
-        return Prompts(tuple(texts), embeds[1:], pooled[1:], embeds[:1])
+        return Prompts(known, embeds[1:], pooled[1:], embeds[:1])
 
     @property
     def width(self) -> int:
@@ -77,7 +77,7 @@ class Prompts:
 
     def __call__(self, ids: Tensor) -> Cond:
         """The conditions of samples ids, (n,)."""
-        return Cond(self, ids % len(self.texts))
+        return Cond(self, ids % len(self.prompts))
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class Cond:
         return Cond(self.table, self.index[piece])
 
     @property
-    def texts(self) -> list[str]:
-        """n prompts."""
-        return [self.table.texts[i] for i in self.index.tolist()]
+    def prompts(self) -> list[Prompt]:
+        """n of them."""
+        return [self.table.prompts[i] for i in self.index.tolist()]
 
     @property
     def embeds(self) -> Tensor:
@@ -190,14 +190,12 @@ class Decoded:
 
     Args:
         vae: the pipeline's; its weights are set not to be trained.
-        reward: of images and prompts.
+        reward: of images, prompts and their metadata: see `scale.rewards`.
         differentiable: whether the reward's gradient is to reach the latents, through the VAE.
         chunk: images decoded at a time.
     """
 
-    def __init__(
-        self, vae: AutoencoderKL, reward: ImageReward, *, differentiable: bool = False, chunk: int = 8
-    ) -> None:
+    def __init__(self, vae: AutoencoderKL, reward: Reward, *, differentiable: bool = False, chunk: int = 8) -> None:
         self.vae, self.reward = vae.requires_grad_(False), reward
         self.differentiable, self.chunk = differentiable, chunk
 
@@ -205,7 +203,10 @@ class Decoded:
         """(B, C, H, W) -> (B,)."""
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             pieces = [slice(i, i + self.chunk) for i in range(0, len(x), self.chunk)]
-            return torch.cat([self.reward(self.images(x[p]), cond[p].texts).to(x) for p in pieces])
+            return torch.cat([self._judged(self.images(x[p]), cond[p].prompts).to(x) for p in pieces])
+
+    def _judged(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
+        return self.reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
 
     def images(self, x: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""

@@ -76,7 +76,7 @@ class Brightness:
     def __init__(self, black_box: bool) -> None:
         self.black_box = black_box
 
-    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: object = None) -> Tensor:
         assert images.shape[1:] == (3, 16, 16)
         assert bool(((images >= 0) & (images <= 1)).all())
         red = images[:, 0].mean((1, 2)) + torch.tensor([float(len(p)) for p in prompts])
@@ -204,11 +204,11 @@ def test_conditions_are_picked_like_tensors(pipeline: StableDiffusionPipeline) -
     prompts = Prompts.encode(pipeline, PROMPTS)
     text, empty = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
     cond = prompts(torch.tensor([4, 3, 2]))
-    assert cond.texts == ["hare", "a red fox", "an owl"]
+    assert [p.text for p in cond.prompts] == ["hare", "a red fox", "an owl"]
     for piece in (slice(1, 3), torch.tensor([2, 0, 0])):
         torch.testing.assert_close(cond[piece].embeds, text[[1, 0, 2]][piece])
         torch.testing.assert_close(cond[piece].empty, empty[[0, 1, 2]][piece])
-        assert cond[piece].texts == [cond.texts[i] for i in torch.arange(3)[piece]]
+        assert cond[piece].prompts == [cond.prompts[i] for i in torch.arange(3)[piece]]
         assert len(cond[piece].pooled) == len(cond[piece])
 
 

@@ -1,0 +1,146 @@
+"""Where prompts come from: `read("prompts.csv")`.
+
+a name       animals, shapes (those the embedded model has seen), shapes-held-out (compositions that it has not)
+NAME.txt     one prompt a line
+NAME.csv     a column `prompt`; the other columns are metadata
+NAME.jsonl   an object a line with a field `prompt`; the other fields are metadata
+anything else is a prompt itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scale import shapes
+
+ANIMALS = [
+    "ant",
+    "bat",
+    "bear",
+    "bee",
+    "beetle",
+    "butterfly",
+    "camel",
+    "cat",
+    "chicken",
+    "cow",
+    "crab",
+    "deer",
+    "dog",
+    "dolphin",
+    "donkey",
+    "duck",
+    "elephant",
+    "fish",
+    "fox",
+    "frog",
+    "giraffe",
+    "goat",
+    "goose",
+    "gorilla",
+    "hedgehog",
+    "horse",
+    "kangaroo",
+    "lion",
+    "lizard",
+    "llama",
+    "monkey",
+    "mouse",
+    "octopus",
+    "owl",
+    "panda",
+    "penguin",
+    "pig",
+    "rabbit",
+    "raccoon",
+    "rat",
+    "shark",
+    "sheep",
+    "snake",
+    "spider",
+    "squirrel",
+    "tiger",
+    "turkey",
+    "turtle",
+    "whale",
+    "wolf",
+    "zebra",
+]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is drawn, and what a reward may want to know beside it."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def _animals() -> list[Prompt]:
+    return [Prompt(f"{'an' if name[0] in 'aeio' else 'a'} {name}") for name in ANIMALS]
+
+
+def _shapes(held_out: bool) -> list[Prompt]:
+    return [Prompt(str(scene)) for scene in shapes.one_object(held_out)]
+
+
+NAMES: dict[str, Callable[[], list[Prompt]]] = {
+    "animals": _animals,
+    "shapes": lambda: _shapes(False),
+    "shapes-held-out": lambda: _shapes(True),
+}
+
+
+def read(source: str) -> list[Prompt]:
+    """The prompts, at least one."""
+    if source in NAMES:
+        return NAMES[source]()
+    reader = _READERS.get(Path(source).suffix)
+    if reader is None:
+        if not source.strip():
+            raise ValueError("prompts must be a file, a prompt, or one of " + ", ".join(NAMES) + "; it is empty")
+        return [Prompt(source)]
+    if not Path(source).is_file():
+        raise ValueError(f"prompts: there is no file {source}")
+    try:
+        found = reader(Path(source).read_text(encoding="utf-8-sig"), source)
+    except UnicodeDecodeError as wrong:
+        raise ValueError(f"prompts: {source} is not UTF-8 text ({wrong})") from wrong
+    if not found:
+        raise ValueError(f"prompts: {source} has none")
+    return found
+
+
+def _lines(text: str, source: str) -> list[Prompt]:
+    return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+
+
+def _csv(text: str, source: str) -> list[Prompt]:
+    return [_prompt(row, f"{source}, row {i}") for i, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+
+
+def _jsonl(text: str, source: str) -> list[Prompt]:
+    found = []
+    for i, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as wrong:
+                raise ValueError(f"prompts: {source}, line {i} is not JSON: {wrong}") from wrong
+            found.append(_prompt(row, f"{source}, line {i}"))
+    return found
+
+
+def _prompt(row: Any, place: str) -> Prompt:
+    text = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"prompts: {place} has no text under `prompt`")
+    return Prompt(text.strip(), {str(k): v for k, v in row.items() if k != "prompt"})
+
+
+_READERS: dict[str, Callable[[str, str], list[Prompt]]] = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
