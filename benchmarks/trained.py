@@ -9,8 +9,7 @@
                 (exact moments, quasi-Newton to convergence) over a* + p(t) x + q(t), with polynomials p and q: the
                 regret of where it ends. A policy that is right at all N would not move.
     black_box   learning from trajectories of solvers without a transition density: stochastic Heun, torchsde's adaptive
-                scheme, and the ODE (eta = 0) by Heun, where the price on actions is R = beta kappa²/g², that of the KL
-                which the same drift would cost if the noise were there.
+                scheme, and the probability flow (`ctrl.ProbabilityFlow`, with a price of its own on actions) by Heun.
 
 Runs are kept, and shared with `algorithms.py`. DDPO has LONGER times the trajectories, since it learns more slowly.
 """
@@ -39,12 +38,22 @@ from torch import Tensor, nn
 from benchmarks.algorithms import METHODS, Job, carry_out, entry_of, gain, trained
 from benchmarks.moments import Case, Cost, by_quadrature, girsanov, integrated, objective, own_kl
 from benchmarks.report import Row, number
-from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, NetworkCritic, Noise, ScoreAsAction, grids, rollout
+from ctrl import (
+    DDIM,
+    EulerMaruyama,
+    Heun,
+    Multistep2,
+    NetworkCritic,
+    Noise,
+    ProbabilityFlow,
+    ScoreAsAction,
+    grids,
+    rollout,
+)
 from ctrl.algorithms import DDPO, ActorCritic
 from ctrl.bridge import sdeint
 from ctrl.fit import Settings, fit
 from ctrl.gaussian import Mean
-from ctrl.linop import LinOp, Scalar
 from ctrl.problem import Problem
 from ctrl.solvers import Act, Solver
 from toy import catalogue
@@ -278,16 +287,8 @@ class Adaptive(Solver):
             ).x[-1]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class PricedODE(ScoreAsAction):
-    """eta = 0 with the price R = beta kappa²/g²."""
-
-    def penalty(self, t: Tensor) -> LinOp:
-        return Scalar(self.beta / 4 * self.rate(t))
-
-
 @cache
-def without_noise(name: str) -> tuple[PricedODE, LQ]:
+def without_noise(name: str) -> tuple[ProbabilityFlow, LQ]:
     """A Gaussian problem of the catalogue on the ODE, and its exact answers: Riccati does not see the noise."""
     exact = catalogue.get(name).exact
     assert isinstance(exact, GaussianDiffusion)
@@ -297,7 +298,7 @@ def without_noise(name: str) -> tuple[PricedODE, LQ]:
         c = exact.lq.at(t)  # kappa = g² and R = beta g² there; half and a quarter of these here
         return dataclasses.replace(c, B=c.B / 2, SS=0 * c.SS, R=c.R / 4)
 
-    return PricedODE(**{**fields, "eta": 0.0}), dataclasses.replace(exact.lq, at=at)
+    return ProbabilityFlow(**{**fields, "eta": 0.0}), dataclasses.replace(exact.lq, at=at)
 
 
 BOXES: dict[str, tuple[str, Solver]] = {

@@ -19,7 +19,7 @@ from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
 from ctrl.linop import LinOp, Matrix, Scalar
 from ctrl.noise import Noise
 from ctrl.noising import VE, VP, Noising, RectifiedFlow, VPCosine, VPLinear, VPTable
-from ctrl.problem import IsotropicNormal, Problem, ScoreAsAction
+from ctrl.problem import IsotropicNormal, ProbabilityFlow, Problem, ScoreAsAction
 from ctrl.qvalue import advantage_rate, greedy, greedy_policy, martingale_residual, td_residual
 from ctrl.regularize import chain_kl, kl_rate, path_kl
 from ctrl.rollout import Trajectory, rollout
@@ -50,6 +50,7 @@ __all__ = [
     "NetworkCritic",
     "Noise",
     "Noising",
+    "ProbabilityFlow",
     "Problem",
     "RectifiedFlow",
     "Scalar",

@@ -74,8 +74,10 @@ def increments(
 
 
 def martingale(problem: Problem, trajectory: Trajectory, p: Tensor) -> Tensor:
-    """The integral of <S' p, dW> over each step, (N, B), p (N+1, B, *D) taken at its left node."""
+    """The integral of <S' p, dW> over each step, (N, B), p (N+1, B, *D) taken at its left node; without noise, zero."""
     same_shape(p=p, x=trajectory.x)
+    if problem.noiseless:
+        return p.new_zeros(len(p) - 1, p.shape[1])
     if trajectory.xi is None:
         raise ValueError("trajectory has no noise increments xi: policy evaluation needs them")
     spread = problem.clock(trajectory.t).diff().sqrt().to(p)[:, None]

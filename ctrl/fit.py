@@ -30,7 +30,7 @@ from ctrl.gaussian import GaussianPolicy
 from ctrl.grids import node_weights
 from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
-from ctrl.regularize import kl_rate, noiseless
+from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
 from ctrl.rollout import batch_times, concatenate, rollout
 from ctrl.solvers import Heun, Solver
@@ -271,7 +271,7 @@ class Run:
         batch = self.replay.batches[-1]
         batch.lay("a_ref", self.at_nodes(self.problem.reference, batch))
         batch.lay("a_old", self._acted(batch))
-        if noiseless(self.problem):
+        if self.problem.noiseless:
             return
         t, _, _ = batch.trajectory.flat()
         rate = kl_rate(self.problem, t, batch.fields["a_old"].flatten(0, 1), batch.fields["a_ref"].flatten(0, 1))

@@ -83,6 +83,11 @@ class Problem(ABC):
         t = T: the state itself, unless more is known."""
         return x
 
+    @property
+    def noiseless(self) -> bool:
+        """Whether S = 0: then path laws are singular, and there is no KL between them."""
+        return isinstance(self.root, Scalar) and bool(self.root.c == 0)
+
     def diffusion(self, t: Tensor) -> LinOp:
         """S(t) = sqrt(d clock/dt) L."""
         return self.root.scale(self.rate(t).sqrt())
@@ -192,9 +197,29 @@ class ScoreAsAction(Problem):
 
     def penalty(self, t: Tensor) -> LinOp:
         if self.eta == 0:
-            raise ValueError("eta = 0 is an ODE: path KL, V and log-densities do not exist; take eta > 0")
+            raise ValueError("eta = 0 is an ODE: no path KL exists; take eta > 0, or ProbabilityFlow and its price")
         return Scalar(self.beta * (1 + self.eta**2) ** 2 / (4 * self.eta**2) * self.rate(t))
 
     def endpoint(self, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         """The Tweedie mean E[X_{s_min} | X_s = x] if a is the score there."""
         return self.noising.tweedie(self.s(t), x, a, self.s_min)
+
+
+@dataclass(frozen=True)
+class ProbabilityFlow(ScoreAsAction):
+    """Score as action without noise: eta = 0, where the KL between paths is infinite. beta weighs the score divergence,
+
+        E of the integral of ½ (kappa²/g²) |a - a_ref|² dt,   R = beta kappa²/g² = beta g²/4,
+
+    which is the KL that the same drift would cost if the noise were there.
+    """
+
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.eta != 0:
+            raise ValueError(f"eta must be 0, got {self.eta}: with noise take ScoreAsAction")
+
+    def penalty(self, t: Tensor) -> LinOp:
+        return Scalar(self.beta / 4 * self.rate(t))

@@ -17,21 +17,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ctrl.gaussian import Mean
-from ctrl.linop import Scalar, broadcast, dot, same_shape
+from ctrl.linop import broadcast, dot, same_shape
 from ctrl.problem import Problem
 from ctrl.rollout import Trajectory, batch_times
 from ctrl.solvers import GaussianStep
 
 
-def noiseless(problem: Problem) -> bool:
-    """Whether S = 0: then path laws are singular, and there is no KL between them."""
-    return isinstance(problem.root, Scalar) and bool(problem.root.c == 0)
-
-
 def kl_rate(problem: Problem, t: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
     """½ |S^-1 B (a - a_ref)|², nats per unit of time, (B,)."""
     same_shape(a=a, a_ref=a_ref)
-    if noiseless(problem):
+    if problem.noiseless:
         raise ValueError("eta = 0 (no noise): path KL does not exist; report it from a rollout with eta > 0")
     z = problem.diffusion(t).solve(problem.control(t).apply(a - a_ref))
     return dot(z, z) / 2

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ctrl.linop import broadcast
 from ctrl.noising import VPTable
-from ctrl.problem import IsotropicNormal, ScoreAsAction
+from ctrl.problem import IsotropicNormal, ProbabilityFlow, ScoreAsAction
 from scale.prompts import Prompt
 from scale.rewards import Reward
 
@@ -175,10 +175,12 @@ class Score(nn.Module):
 
 
 def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0) -> ScoreAsAction:
-    """Sampling from the reference as a control problem, from pure noise to timestep 0."""
+    """Sampling from the reference as a control problem, from pure noise to timestep 0; at eta = 0, the probability
+    flow."""
     size = reference.unet.config.sample_size
     shape = (reference.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
-    return ScoreAsAction(
+    kind = ScoreAsAction if eta else ProbabilityFlow
+    return kind(
         noising=reference.noising, reference=reference, reward=reward, initial=IsotropicNormal(shape), shape=shape,
         beta=beta, eta=eta, s_min=reference.s_min, s_max=reference.noising.s_max,
     )  # fmt: skip

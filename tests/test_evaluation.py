@@ -26,6 +26,7 @@ from ctrl import (
     Heun,
     Multistep2,
     Noise,
+    ProbabilityFlow,
     Problem,
     Trajectory,
     advantage_rate,
@@ -36,6 +37,7 @@ from ctrl import (
     rollout,
     z_bound,
 )  # fmt: skip
+from ctrl.algorithms import ActorCritic
 from ctrl.evaluation import increments, martingale, policy_slope, soft_cost, targets
 from tests.strategies import SEEDS, gaussians, normal, states
 from toy import catalogue
@@ -546,3 +548,21 @@ def refusals():
 def test_what_cannot_be_is_refused(message):
     with pytest.raises(ValueError, match=message):
         refusals()[message]()
+
+
+def test_without_noise_nothing_is_random_along_a_path():
+    """On the probability flow a target is the return itself, whatever p; its price is a quarter of beta g²."""
+    noisy = catalogue.get("gaussian-1d").problem
+    fields = {f.name: getattr(noisy, f.name) for f in dataclasses.fields(noisy)}
+    problem = ProbabilityFlow(**{**fields, "eta": 0.0})
+    assert problem.noiseless and not noisy.noiseless
+    path = rollout(problem, noisy.reference, grids.uniform(problem, 8), Noise(0), torch.arange(5), solver=Heun())
+    assert not martingale(problem, dataclasses.replace(path, xi=None), torch.randn(9, 5, 1)).any()
+    t = path.t[1:3]
+    one = torch.ones(2, 1)
+    expected = problem.beta * problem.control(t).apply(one).square() / problem.rate(t)[:, None]
+    torch.testing.assert_close(problem.penalty(t).apply(one), expected)
+    with pytest.raises(ValueError, match="eta must be 0"):
+        ProbabilityFlow(**fields)
+    with pytest.raises(ValueError, match=r"nats must be math\.inf"):
+        ActorCritic().check(problem, Heun(), catalogue.get("gaussian-1d").value)

@@ -1,7 +1,9 @@
 """A tiny Stable Diffusion with random weights goes through the same `fit` as the toy problems, and comes out whole."""
 
+import dataclasses
 import inspect
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,12 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import scale.diffusion
-from ctrl import DDIM, Exponential, Noise, Noising, Problem, Solver, StructuredCritic, rollout
+from ctrl import DDIM, Exponential, Noise, Noising, Problem, Solver, StructuredCritic, Trajectory, grids, rollout
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm
 from ctrl.fit import Result, Run, Settings, fit
 from ctrl.value import Critic, NetworkCritic
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, load, problem
+from scale.samplers import REFUSED, SAMPLERS, BlackBox, sampler
 
 PROMPTS = ["a red fox", "hare", "an owl"]
 GUIDANCE = 3.0
@@ -187,6 +190,100 @@ def test_rollout_draws_the_pipelines_images(folder: Path) -> None:
         images = reward.images(path.x[-1])
     torch.testing.assert_close(images, shown, rtol=0, atol=1e-4)
     torch.testing.assert_close(reward(path.x[-1], prompts(ids)), Brightness(True)(shown, PROMPTS), rtol=0, atol=1e-4)
+
+
+DETERMINISTIC = [name for name in SAMPLERS if not name.startswith("sde")]
+
+
+def drawn_by(box: BlackBox, pipeline: StableDiffusionPipeline, steps: int, start: Tensor) -> tuple[Trajectory, Tensor]:
+    """A rollout by a diffusers scheduler, and the images that it decodes to."""
+    policy, prompts, ids = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS), torch.arange(3)
+    reward = Decoded(pipeline.vae, Brightness(True))
+    task = problem(policy, reward, beta=1.0, eta=1.0 if box.noisy else 0.0)
+    times = box.grid(task, steps)
+    path = rollout(task, policy, times, Noise(0), ids, solver=box, cond=prompts(ids), start=start)
+    with torch.no_grad():
+        return path, reward.images(path.x[-1])
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_a_schedulers_rollout_draws_the_pipelines_images(folder: Path, name: str, prediction: str) -> None:
+    """In float32, by the pipeline's own call with that scheduler; and twice, since a scheduler remembers. Where latents
+    are scaled, the pipeline starts from noise of size sigma, 0.2 % short of the network's own scale: it gets more."""
+    torch.set_default_dtype(torch.float32)
+    pipeline, start = tiny(folder, torch.float32), torch.randn(3, 4, 8, 8)
+    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, "prediction_type": prediction})
+    box = sampler(name, pipeline)
+    pipeline.scheduler = box.scheduler
+    box.scheduler.set_timesteps(6)
+    unit = box.scheduler.init_noise_sigma * box.scheduler.scale_model_input(torch.ones(()), box.scheduler.timesteps[0])
+    given = {"guidance_scale": GUIDANCE, "latents": start / unit, "output_type": "pt"}
+    shown = pipeline(PROMPTS, num_inference_steps=6, **given).images
+    for _ in range(2):
+        path, images = drawn_by(box, pipeline, 6, start)
+        torch.testing.assert_close(images, shown, rtol=0, atol=1e-4)
+    assert len(path.t) == 7 and path.x[0] is not start
+    torch.testing.assert_close(path.x[0], start, rtol=1e-5, atol=1e-5)
+
+
+def test_a_schedulers_noise_is_keyed_by_sample(pipeline: StableDiffusionPipeline) -> None:
+    """SDE-DPM-Solver++ by hand, with the rollout's noise; its table is float32."""
+    start = torch.randn(3, 4, 8, 8)
+    path, _ = drawn_by(sampler("sde-dpmsolver++", pipeline), pipeline, 5, start)
+    scheduler = sampler("sde-dpmsolver++", pipeline).scheduler
+    scheduler.set_timesteps(5)
+    text, empty = pipeline.encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=True)
+    x = start
+    assert path.xi is not None
+    for k, timestep in enumerate(scheduler.timesteps):
+        torch.testing.assert_close(path.x[k], x, rtol=1e-5, atol=1e-5)
+        with torch.no_grad():
+            out, plain = (pipeline.unet(x, timestep, encoder_hidden_states=e).sample for e in (text, empty))
+        x = scheduler.step(plain + GUIDANCE * (out - plain), timestep, x, variance_noise=path.xi[k]).prev_sample
+    torch.testing.assert_close(path.x[-1], x, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_scheduler_gets_in_between_is_no_node(pipeline: StableDiffusionPipeline) -> None:
+    """Heun's second stage asks at the time of the next node, at another state; nodes are the first stages."""
+    box, asked = sampler("heun", pipeline), []
+    pipeline.unet.register_forward_pre_hook(lambda module, args: asked.append(float(args[1][0])))
+    path, _ = drawn_by(box, pipeline, 4, torch.randn(3, 4, 8, 8))
+    assert box.calls == 2 and [round(k) for k in asked] == [999, 749, 749, 499, 499, 249, 249]
+    assert [round(1000 * (1 - float(t)) - 1) for t in path.t] == [999, 749, 499, 249, 0]
+
+
+@pytest.mark.parametrize("name", ["dpmsolver++", "heun"])
+def test_a_black_box_is_learned_from(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """The probability flow under a scheduler, by the same fit; there is no KL to be reported."""
+    torch.manual_seed(1)
+    policy, prompts = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS)
+    before = [p.clone() for p in policy.parameters()]
+    task = problem(policy.frozen(), Decoded(pipeline.vae, Brightness(True)), beta=0.1, eta=0.0)
+    box, algorithm = sampler(name, pipeline), dataclasses.replace(ACTOR_CRITIC, nats=math.inf)
+    critic = NetworkCritic(task, Value(4, prompts.width, 8))
+    plan = settings(solver=box, grid=box.grid, jitter=0.0, steps=3)
+    for wrong, message in (({"jitter": 0.3}, "must be the sampler's own"), ({"grid": grids.uniform}, "sampler's own")):
+        with pytest.raises(ValueError, match=message):
+            fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=dataclasses.replace(plan, **wrong))
+    (metrics,) = fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=plan).history
+    assert "kl" not in metrics and math.isfinite(metrics["reward"])
+    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", [*REFUSED, "plms2"])
+def test_samplers_of_no_use_say_why(pipeline: StableDiffusionPipeline, name: str) -> None:
+    with pytest.raises(ValueError, match=REFUSED.get(name, "sampler must be one of ddim, dpmsolver")):
+        sampler(name, pipeline)
+
+
+def test_a_grid_that_ends_early_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    task = problem(Score.of(pipeline), Decoded(pipeline.vae, Brightness(True)), beta=1.0)
+    leading = BlackBox(DDIMScheduler.from_config({**pipeline.scheduler.config, "timestep_spacing": "leading"}))
+    with pytest.raises(ValueError, match="take timestep_spacing='trailing'"):
+        leading.grid(task, 5)
+    with pytest.raises(ValueError, match="take timestep_spacing='trailing'"):
+        sampler("ddim", pipeline).grid(task, 1000)
 
 
 def test_clock_is_the_problems(pipeline: StableDiffusionPipeline) -> None:

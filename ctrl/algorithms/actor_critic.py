@@ -87,6 +87,8 @@ class ActorCritic(Algorithm):
         if critic is None:
             raise ValueError("critic must be given: ActorCritic learns V (see ctrl.NetworkCritic)")
         check_price(problem)
+        if problem.noiseless and self.nats < math.inf:
+            raise ValueError(f"nats must be math.inf, got {self.nats}: without noise there is no KL to be measured in")
 
 
 def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:
