@@ -1,6 +1,6 @@
 """Stable Diffusion for `ctrl`: the one place where diffusers' classes are turned into what the core asks for.
 
-    pipeline = load("folder or name")
+    pipeline = scale.models.load("folder or name")
     policy = Score.of(pipeline, guidance=7.0)           # trained in place: it holds the pipeline's own UNet
     prompts = Prompts.encode(pipeline, ["a fox", "a hare"])
     reward = Decoded(pipeline.vae, image_reward, differentiable=True)
@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -31,11 +30,6 @@ from ctrl.noising import VPTable
 from ctrl.problem import IsotropicNormal, ProbabilityFlow, ScoreAsAction
 from scale.prompts import Prompt
 from scale.rewards import Reward
-
-
-def load(path: str, **options: Any) -> StableDiffusionPipeline:
-    """A pipeline from a folder or a hub name, without its safety checker; options as for `from_pretrained`."""
-    return StableDiffusionPipeline.from_pretrained(path, safety_checker=None, requires_safety_checker=False, **options)
 
 
 @dataclass(frozen=True)

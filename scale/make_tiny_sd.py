@@ -35,7 +35,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from scale import shapes
-from scale.diffusion import load
+from scale.models import load
 
 WORDS = (
     "a on and ground at the left right top bottom "
@@ -112,10 +112,10 @@ def autoencoder() -> AutoencoderKL:
     )  # fmt: skip
 
 
-def unet() -> UNet2DConditionModel:
+def unet(channels: int = 4) -> UNet2DConditionModel:
     """Cross-attention at 4 x 4 and in the middle."""
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(64, 80),
+        sample_size=8, in_channels=channels, out_channels=4, layers_per_block=1, block_out_channels=(64, 80),
         norm_num_groups=8, cross_attention_dim=64, attention_head_dim=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip

@@ -17,7 +17,8 @@ from ctrl import DDIM, Exponential, Noise, Noising, Problem, Solver, StructuredC
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm
 from ctrl.fit import Result, Run, Settings, fit
 from ctrl.value import Critic, NetworkCritic
-from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, load, problem
+from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
+from scale.models import load
 from scale.samplers import REFUSED, SAMPLERS, BlackBox, sampler
 
 PROMPTS = ["a red fox", "hare", "an owl"]

@@ -1,0 +1,75 @@
+"""Load a Stable Diffusion 1.x or 2.x pipeline, or say what is wrong with what was asked for, before any training.
+
+    pipeline = load("stable-diffusion-v1-5/stable-diffusion-v1-5")      # a hub name, or a folder in diffusers' format
+
+Weights come from safetensors alone, and in float32: they are what is trained. The safety checker, which would black out
+pictures in training, stays out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+
+
+def load(name: str, revision: str | None = None, variant: str | None = None) -> StableDiffusionPipeline:
+    """The pipeline, checked."""
+    where = Path(name)
+    if where.exists():
+        _check_folder(where)
+    options = {"revision": revision} if revision else {}
+    try:
+        index = StableDiffusionPipeline.load_config(name, **options)
+        _check_kind(name, index)
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            name, use_safetensors=True, safety_checker=None, requires_safety_checker=False, variant=variant, **options
+        )
+    except OSError as wrong:
+        raise ValueError(_not_there(name, where, variant, wrong)) from wrong
+    except ValueError as wrong:
+        if variant and "variant" in str(wrong):
+            raise ValueError(f"variant {variant!r}: {name} has no such weights; leave variant out") from wrong
+        raise
+    _check_parts(name, pipeline)
+    return pipeline.to(torch.float32)  # transformers keeps the precision of the file
+
+
+def _check_folder(where: Path) -> None:
+    if not (where / "model_index.json").is_file():
+        hint = " (a single .safetensors or .ckpt file must be converted to a folder first)" if where.is_file() else ""
+        raise ValueError(f"model must be a folder in diffusers' format; {where} has no model_index.json{hint}")
+    if missing := [part for part in PARTS if not (where / part).is_dir()]:
+        raise ValueError(f"model: the folder {where} lacks {', '.join(missing)}; copy it again")
+
+
+def _check_kind(name: str, index: Any) -> None:
+    kind = index.get("_class_name") if isinstance(index, dict) else None
+    if kind != "StableDiffusionPipeline":
+        raise ValueError(f"model must be a StableDiffusionPipeline, SD 1.x or 2.x; {name} is a {kind}")
+
+
+def _check_parts(name: str, pipeline: StableDiffusionPipeline) -> None:
+    if (channels := pipeline.unet.config.in_channels) != pipeline.vae.config.latent_channels:
+        raise ValueError(
+            f"model: the UNet of {name} takes {channels} channels where its VAE makes "
+            f"{pipeline.vae.config.latent_channels}: a model for inpainting needs more than text"
+        )
+    prediction = pipeline.scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
+
+
+def _not_there(name: str, where: Path, variant: str | None, wrong: OSError) -> str:
+    first = str(wrong).strip().splitlines()[0]
+    if where.exists():
+        files = f" for variant {variant!r}" if variant else ""
+        return f"model: {where} is not whole{files} ({first}); safetensors are needed, pickles are not read"
+    return (
+        f"model: {name} cannot be had ({first}). Is the name right? Where there is no network, run "
+        f"`hf download {name}` on a machine that has one, and give the folder it prints"
+    )
