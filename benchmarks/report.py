@@ -70,8 +70,9 @@ def rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def write(name: str, options: Options, rows: Sequence[Row], began: float, device: str = "cpu") -> Path:
-    """Write OUT/NAME.json in one move, so that a reader never sees half a file; `began` is from time.perf_counter()."""
+def write(name: str, options: Options, rows: Sequence[Row], began: float, device: str = "cpu", part: str = "") -> Path:
+    """Write OUT/NAME.json, or NAME_PART.json, in one move, so that a reader never sees half a file; `began` is from
+    time.perf_counter()."""
     head = {
         "name": name,
         "command": command(name, options),
@@ -85,7 +86,7 @@ def write(name: str, options: Options, rows: Sequence[Row], began: float, device
     records = [json.dumps({name: rounded(row.get(name)) for name in names}, allow_nan=False) for row in rows]
     lines.append('  "rows": [\n    ' + ",\n    ".join(records) + "\n  ]")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}.json"
+    path = options.out / f"{name}{part and '_' + part}.json"
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     os.replace(unfinished, path)

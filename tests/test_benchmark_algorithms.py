@@ -113,8 +113,10 @@ def test_what_is_committed_has_every_method_and_the_default_one_everywhere():
     jobs = jobs_of(AlgorithmOptions(full=True, seeds=2))
     assert len(set(jobs)) == len(jobs)
     assert {job.method for job in jobs if job.problem == "mixture-2d"} == set(METHODS)
-    default = {(job.problem, job.steps, job.seed) for job in jobs if job.method == "actor-critic"}
-    assert default == set(product(catalogue.NAMES, STEPS, range(2)))
+    default = {(job.problem, job.seed) for job in jobs if (job.method, job.steps) == ("actor-critic", 20)}
+    assert default == set(product(catalogue.NAMES, range(2)))
+    sweep = {(job.problem, job.steps, job.seed) for job in jobs_of(AlgorithmOptions(sweep=True))}
+    assert sweep == set(product(catalogue.NAMES, STEPS, range(10)))
 
 
 def test_the_objective_of_a_fine_grid_is_the_exact_one():
