@@ -205,9 +205,14 @@ class Decoded:
         return self.reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
 
     def images(self, x: Tensor) -> Tensor:
-        """(n, C, H, W) -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""
-        latents = (x / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return (self.vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
+        """(n, C, H, W) -> (n, 3, H', W') in [0, 1]."""
+        return pictures_of(self.vae, x)
+
+
+def pictures_of(vae: AutoencoderKL, x: Tensor) -> Tensor:
+    """(n, C, H, W) latents -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""
+    latents = (x / vae.config.scaling_factor).to(vae.dtype)
+    return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
 
 class Tower(nn.Module):

@@ -1,0 +1,105 @@
+"""scale/evaluate.py: fixed seeds, paired differences, and the pipeline's own pictures."""
+
+import json
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+
+from ctrl import Noise
+from ctrl.noise import INITIAL
+from scale.evaluate import SEED, Pictures, draw, evaluate
+from scale.make_tiny_sd import autoencoder, scheduler, text_encoder, tokenizer, unet
+from scale.prompts import Prompt
+
+PROMPTS = [Prompt("a red circle on a white ground", {"weight": 2.0}), Prompt("a blue cross on a black ground")]
+
+
+def redness(images, prompts, metadata):
+    assert len(images) == len(prompts) == len(metadata)
+    return images[:, 0].mean((1, 2)) * torch.tensor([m.get("weight", 1.0) for m in metadata])
+
+
+def blueness(images, prompts, metadata):
+    return images[:, 2].mean((1, 2))
+
+
+@pytest.fixture
+def pipeline():
+    """The embedded model's parts, untrained, and not zero where training would have moved them."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    words = tokenizer()
+    parts = {"vae": autoencoder(), "text_encoder": text_encoder(len(words)), "tokenizer": words, "unet": unet()}
+    found = StableDiffusionPipeline(
+        **parts, scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def tuned(pipeline, by=0.02):
+    """The same with another bias at the UNet's end."""
+    parts = {**pipeline.components, "unet": unet()}
+    parts["unet"].load_state_dict(pipeline.unet.state_dict())
+    parts["unet"].conv_out.bias.data += by
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False)
+
+
+def test_pictures_are_the_pipelines_own_whatever_the_batch(pipeline):
+    before = pipeline.scheduler
+    drawn = draw(pipeline, PROMPTS, range(5), "ddim", 3, 2.0, batch=2)
+    again = draw(pipeline, PROMPTS, [3, 4], "ddim", 3, 2.0, batch=5)
+    torch.testing.assert_close(drawn.images[3:], again.images, rtol=0, atol=1e-5)
+    assert pipeline.scheduler is before
+    start = Noise(SEED).normal(torch.tensor([3]), (4, 8, 8), INITIAL).float()
+    from scale.samplers import sampler
+
+    pipeline.scheduler = sampler("ddim", pipeline).scheduler
+    options = {"num_inference_steps": 3, "guidance_scale": 2.0, "latents": start, "output_type": "pt"}
+    torch.testing.assert_close(again.images[:1], pipeline([PROMPTS[1].text], **options).images, rtol=0, atol=1e-5)
+
+
+def test_rewards_see_their_own_metadata_in_any_chunk(pipeline):
+    drawn = draw(pipeline, PROMPTS, range(4), "ddim", 2, 1.0)
+    expected = drawn.images[:, 0].mean((1, 2)) * torch.tensor([2.0, 1.0, 2.0, 1.0])
+    for chunk in (1, 3, 8):
+        torch.testing.assert_close(drawn.rewarded(redness, chunk), expected)
+
+
+def test_diversity_is_within_a_prompt():
+    """Two prompts, pictures at distances 1 and 3 a coordinate."""
+    latents = torch.tensor([0.0, 10.0, 1.0, 13.0])[:, None, None, None].expand(4, 4, 8, 8)
+    two = [Prompt("a"), Prompt("b"), Prompt("a"), Prompt("b")]
+    assert Pictures(latents, torch.zeros(4, 3, 8, 8), two).diversity() == pytest.approx(2.0)
+    assert Pictures(latents[:2], torch.zeros(2, 3, 8, 8), two[:2]).diversity() is None
+
+
+def test_a_model_gains_nothing_on_itself(pipeline, tmp_path):
+    rewards = {"red": redness, "blue": blueness}
+    found = evaluate(
+        pipeline, pipeline, PROMPTS, rewards, samples=4, guidance=2.0, grid=[("euler", 2)], headline=("ddim", 3)
+    )
+    assert (found.gain, found.gain_se, found.path_kl) == (0.0, 0.0, 0.0)
+    assert found.diversity_before == found.diversity_after > 0
+    (row,) = found.grid
+    assert (row["sampler"], row["steps"], row["blue_gain"]) == ("euler", 2, 0.0)
+    found.write(tmp_path / "evaluation.json")
+    assert json.loads((tmp_path / "evaluation.json").read_text())["reward_after"] == found.reward_after
+
+
+def test_a_gain_is_paired_and_kl_is_of_guided_processes(pipeline):
+    """A bias b of eps, the same for both prompts, shifts the guided eps by b at any guidance; its rate of KL is
+    ½ |b|² g²/sigma² in time, so the KL is ½ 256 b² (lambda(end) - lambda(start)), and its trapezoid, on steps of
+    h = 0.3 in lambda, at most h²/12 off."""
+    by, other = 0.02, tuned(pipeline)
+    found = evaluate(other, pipeline, PROMPTS, {"red": redness}, samples=6, guidance=2.0, grid=[("ddim", 3)],
+                     headline=("ddim", 3))  # fmt: skip
+    sides = [draw(p, PROMPTS, range(6), "ddim", 3, 2.0).rewarded(redness, 6).double() for p in (pipeline, other)]
+    difference = sides[1] - sides[0]
+    assert found.gain == pytest.approx(float(difference.mean()), rel=1e-5)
+    assert found.gain_se == pytest.approx(float(difference.std()) / 6**0.5, rel=1e-4)
+    kept = pipeline.scheduler.alphas_cumprod.double()
+    span = float((kept[0] / (1 - kept[0])).log() - (kept[-1] / (1 - kept[-1])).log())
+    assert found.path_kl == pytest.approx(0.5 * 256 * by**2 * span, rel=0.0075)
+    assert found.path_kl_se < 1e-3 * found.path_kl
