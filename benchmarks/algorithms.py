@@ -44,8 +44,19 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.report import Options, Row, number, table, write
-from ctrl import Estimate, EulerMaruyama, Multistep2, NetworkCritic, Noise, StructuredCritic, grids, rollout
+from ctrl import (
+    Estimate,
+    EulerMaruyama,
+    IntegratedEuler,
+    Multistep2,
+    NetworkCritic,
+    Noise,
+    StructuredCritic,
+    grids,
+    rollout,
+)
 from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, Algorithm, PathConsistency, PolicyIteration, PPOPenalty
+from ctrl.bridge import AdaptiveEuler
 from ctrl.evaluation import increments, targets
 from ctrl.fit import Run, Settings, fit
 from ctrl.gaussian import Mean
@@ -78,11 +89,13 @@ _CHAIN: dict[str, Any] = {**_LARGE, "jitter": 0.0, "solver": EulerMaruyama(), "g
 METHODS: dict[str, Method] = {  # learning rates other than the default's are what `--tune` found
     "actor-critic": Method(ActorCritic),
     "actor-critic-structured": Method(ActorCritic, critic=StructuredCritic),
+    "actor-critic-torchsde": Method(ActorCritic, {"solver": AdaptiveEuler()}),
     "path-consistency": Method(PathConsistency, _LARGE),
     "policy-iteration": Method(PolicyIteration, _LARGE),
     "ppo": Method(PPOPenalty, _LARGE),
     "adjoint-matching": Method(AdjointMatching, {**_LARGE, "lr": 2.5e-3}),
     "ddpo-euler": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),
+    "ddpo-euler-integrated": Method(DDPO, {**_CHAIN, "solver": IntegratedEuler(), "lr": 2.5e-3}),
     "ddpo-2m": Method(DDPO, {**_LARGE, "jitter": 0.0, "solver": Multistep2(), "lr": 5e-3}),
     "ddpo-euler-public": Method(
         lambda: DDPO(chain_kl=True), {**_CHAIN, "solver": EulerMaruyama(left_noise=True), "lr": 5e-3}
@@ -117,6 +130,12 @@ class AlgorithmOptions(Options):
     """Search learning rates on random mixtures instead."""
     jobs: int = os.cpu_count() or 1
     """Processes."""
+
+    def __post_init__(self) -> None:
+        if unknown := [name for name in self.method if name not in METHODS]:
+            raise ValueError(f"method must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
+        if self.algorithm is not None and ":" not in self.algorithm:
+            raise ValueError(f"algorithm must be module:Class, got {self.algorithm!r}")
 
 
 @dataclass(frozen=True)
@@ -195,6 +214,7 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Policy]:
             curve.append((n, float(score(entry, run.policy, samples=512, steps=40).relative_regret.mean), spent))
         began = time.process_time()
 
+    method.algorithm().check(problem, settings.solver, critic)
     try:
         result = fit(problem, policy, method.algorithm(), critic=critic, settings=settings, callbacks=[watch], **where)
     except ValueError as failure:
@@ -260,7 +280,8 @@ def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, de
     files = {job: store / f"{job.key}.json" for job in jobs}
     if done:
         return [json.loads(file.read_text()) for file in files.values() if file.exists()]
-    missing = [job for job, file in files.items() if not file.exists()]
+    kept = {job for job, file in files.items() if file.exists() and file.with_suffix(".pt").exists()}
+    missing = [job for job in files if job not in kept or ":" in job.method]  # a user's own may have changed
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run, job, store, device) for job in missing]
         for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
@@ -324,7 +345,7 @@ def gain(entry: Entry, policy: Mean, solver: Solver, times: Tensor, samples: int
 
 
 def spread(rows: list[Row]) -> list[Row]:
-    """How far apart the final regrets at several N lie, and the objective's own errors at these N."""
+    """How far apart the final regrets at several N lie, and the errors of J* at these N by solver and quadrature."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row["algorithm"] in METHODS and row["regret"] is not None and row["lr"] is None:
@@ -368,7 +389,7 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
     panels = compared(rows)
     figure = Figure(figsize=(3.2 * min(len(panels), 4), 2.8 * -(-len(panels) // 4)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).flatten()
-    colours = dict(zip([*METHODS, "other"], PALETTE, strict=False))
+    colours = dict(zip([*METHODS, "other"], PALETTE, strict=True))
     for ax, (problem, steps) in zip(axes, panels, strict=False):
         for method in dict.fromkeys(str(r["algorithm"]) for r in rows if r.get("panel", "regret") == "regret"):
             curves = [
@@ -389,7 +410,8 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
     return figure
 
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000", "#F0E442", "#999999")
+PALETTE = ("#0072B2", "#E69F00", "#332288", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#882255", "#D55E00", "#AA4499",
+           "#000000", "#999999")  # fmt: skip
 COLUMNS = ["problem", "algorithm", "steps", "seeds", "regret", "regret_se", "regret_upper", "regret_worst",
            "diverged", "to_10pct", "to_5pct",
            "seconds_to_10pct", "path_kl", "control_error", "critic_gradient_error", "seconds"]  # fmt: skip
@@ -404,6 +426,10 @@ def main(options: AlgorithmOptions) -> None:
         print("->", write(NAME, options, rows, began, part="tuning"))
         return
     runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs, options.done)
+    if not runs:
+        raise ValueError(
+            f"done: there are no runs in {options.out / f'{NAME}.runs'} yet; leave --done out to make them"
+        )
     rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(number(r, "steps")), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
     if apart := spread(rows):
@@ -415,4 +441,7 @@ def main(options: AlgorithmOptions) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(AlgorithmOptions, description=__doc__))
+    try:
+        main(tyro.cli(AlgorithmOptions, description=__doc__))
+    except ValueError as wrong:
+        sys.exit(str(wrong))

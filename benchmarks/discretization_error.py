@@ -7,7 +7,8 @@ calls, with the KL term and without:
 
     DDPO        the gradient of the N-step chain's own objective, which is what it follows in expectation, on the chains
                 of Euler, DDIM and 2M. `-public` is as public codes have it, with g²(t_k) dt and the KL of the chain's
-                own transitions; the others are DDPO at its best: coefficients integrated exactly, and Girsanov's KL.
+                own transitions; the others have the exact integral of g² and Girsanov's KL, `-integrated` all
+                coefficients integrated exactly.
     continuous  E of the integral of (da/dtheta)' [B' grad V - R (a - a_ref)], grad V exact, states from any solver with
                 its quadrature: Euler and DDIM with a left sum, Heun and exact transitions with the trapezoid, 2M with
                 that in the clock. A random subset of nodes has the expectation of all of them. "random times" are one
@@ -54,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from benchmarks import trained
 from benchmarks.estimators import copies
-from benchmarks.moments import CALLS, ESTIMATORS, Case, integrated, trajectory
+from benchmarks.moments import CALLS, ESTIMATORS, Case, trajectory
 from benchmarks.report import Options, Row, number, table, write
 from ctrl import (
     DDIM,
@@ -62,8 +63,8 @@ from ctrl import (
     EulerMaruyama,
     Exponential,
     Heun,
+    IntegratedEuler,
     Multistep2,
-    Problem,
     ScoreAsAction,
     Solver,
     chain_kl,
@@ -96,7 +97,7 @@ class BiasOptions(Options):
     full: bool = False
     """What is committed: longer training, at more numbers of steps."""
     device: str = "cpu"
-    """Where policies are trained: cpu or cuda. What is exact stays on the CPU."""
+    """Where policies are trained, but for the probability flow's: cpu or cuda. What is exact stays on the CPU."""
 
     def __post_init__(self) -> None:
         if self.device not in ("cpu", "cuda"):
@@ -126,6 +127,8 @@ def bias(case: Case, name: str, grid: str, calls: Sequence[int]) -> Iterator[Row
     """One series: |E g - grad J| / |grad J|."""
     estimator = ESTIMATORS[name]
     calls = [n for n in calls if n % estimator.calls == 0 and n <= estimator.most]
+    if not calls:
+        return
     times = [GRIDS[grid](case.problem, n // estimator.calls) for n in calls]
     misses = torch.stack([estimator.gradient(case, t) - case.gradient for t in times])
     size = (misses.norm(dim=1) / case.gradient.norm()).tolist()
@@ -156,7 +159,7 @@ def kl_of_chains(case: Case, grid: str, calls: Sequence[int]) -> Iterator[Row]:
 def best(rows: Sequence[Row], calls: Sequence[int]) -> Iterator[Row]:
     """The least bias of theirs, on first-order chains and on 2M, and of ours, at equal calls, each on its best grid."""
     kinds = {
-        "ddpo": ("ddpo-euler", "ddpo-ddim"),
+        "ddpo": ("ddpo-euler", "ddpo-euler-integrated", "ddpo-ddim"),
         "ddpo-2m": ("ddpo-2m",),
         "continuous": ("Heun", "2M"),
     }
@@ -197,11 +200,11 @@ def ddpo_is_cheaper(rows: Sequence[Row]) -> Iterator[Row]:
             if row["panel"] == panel and row.get("at", "limit") == "limit" and row["estimator"] in trained.TRAINED:
                 cases.setdefault((row["problem"], row["steps"]), {})[str(row["estimator"])] = row
         for ((problem, steps), pair), column in product(cases.items(), columns):
-            theirs, ours = (number(pair[name], column) for name in ("ddpo-euler", "actor-critic"))
+            theirs, ours = (number(pair[name], column) for name in reversed(trained.TRAINED))
             if theirs < ours:
                 where = f"{problem}, trained at N = {steps}"
-                yield {"what": column, "where": where, "ddpo": theirs, "by": "ddpo-euler", "continuous": ours,
-                       "with": "actor-critic"}  # fmt: skip
+                yield {"what": column, "where": where, "ddpo": theirs, "by": trained.TRAINED[1], "continuous": ours,
+                       "with": trained.TRAINED[0]}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ by sampling
@@ -219,10 +222,11 @@ class AroundTheOptimum(nn.Module):
         return self.entry.optimal_policy(t, x, cond) + K * (t / self.entry.problem.horizon)[:, None].to(x.dtype) * x + k
 
 
-SAMPLED: dict[str, tuple[Algorithm, Solver | Callable[[Problem], Solver]]] = {
+SAMPLED: dict[str, tuple[Algorithm, Solver]] = {
     "ddpo-euler-public": (DDPO(chain_kl=True), EulerMaruyama(left_noise=True)),
     "ddpo-ddim-public": (DDPO(chain_kl=True), DDIM()),
-    "ddpo-euler": (DDPO(), integrated),
+    "ddpo-euler": (DDPO(), EulerMaruyama()),
+    "ddpo-euler-integrated": (DDPO(), IntegratedEuler()),
     "ddpo-ddim": (DDPO(), DDIM()),
     "ddpo-2m": (DDPO(), Multistep2()),
     "Euler, left": (ActorCritic(nats=math.inf), EulerMaruyama()),
@@ -235,8 +239,7 @@ SAMPLED: dict[str, tuple[Algorithm, Solver | Callable[[Problem], Solver]]] = {
 def monte_carlo(name: str, estimator: str, samples: int, epochs: int, seed: int, steps: int = 20) -> Iterator[Row]:
     """One estimator, sampled. With the KL term; without it for DDPO on 2M where there is an expectation to hold it
     against, since DDPO's cost is a left sum and the exact panel has the trapezoid."""
-    (algorithm, chain), exact = SAMPLED[estimator], not name.startswith("mixture")
-    solver = chain if isinstance(chain, Solver) else chain(catalogue.get(name).problem)
+    (algorithm, solver), exact = SAMPLED[estimator], not name.startswith("mixture")
     kl = not (exact and estimator == "ddpo-2m")
     settings = Settings(samples=samples, steps=steps, solver=solver, grid=grids.uniform, jitter=0.0, seed=seed)
     row: Row = {"panel": "monte_carlo", "problem": name, "kl": kl, "estimator": estimator, "grid": "uniform",
@@ -264,10 +267,9 @@ GROWTH = {"ddpo-euler": 2, "ddpo-ddim": 2, "Heun": 1, "2M": 1}
 
 def dimension(estimator: str, dimensions: Sequence[int], samples: int, epochs: int, seed: int) -> Iterator[Row]:
     """The variance of one trajectory's share of the gradient on d copies of gaussian-1d, and its order in d."""
-    algorithm, chain = SAMPLED[estimator]
+    algorithm, solver = SAMPLED[estimator]
     variances = []
     for case in map(copies, dimensions):
-        solver = chain if isinstance(chain, Solver) else chain(case.problem)
         settings = Settings(samples=samples, steps=20, solver=solver, grid=grids.uniform, jitter=0.0, seed=seed)
         g = gradients(case.problem, Perturbed(case.problem), algorithm, case.value, settings, epochs)
         variances.append(_sd(g, samples) ** 2)
@@ -299,7 +301,7 @@ class Size:
     dimensions: Sequence[int]
     plan: trained.Plan
     drifts: Sequence[str]
-    boxed: Sequence[str]
+    boxes: bool
 
 
 def size(options: BiasOptions) -> Size:
@@ -308,16 +310,16 @@ def size(options: BiasOptions) -> Size:
     if options.quick:
         calls = [n for n in options.steps if n in (10, 20, 80)]
         plan = trained.Plan(["gaussian-1d"], (10, 20), 1, 512, store, options.device, options.seed)
-        return Size(["gaussian-1d"], ["uniform"], calls, ["gaussian-1d"], 256, 8, (1, 4, 16), plan, ["Heun"], [])
+        return Size(["gaussian-1d"], ["uniform"], calls, ["gaussian-1d"], 256, 8, (1, 4, 16), plan, ["Heun"], False)
     sampled = [*options.problem, "mixture-2d"]
     exact = (options.problem, list(GRIDS), options.steps, sampled, 1024, 24, (1, 4, 16, 64, 256))
     problems = ["gaussian-1d", "mixture-2d"]
     if options.full:
         seeds = max(options.seeds, 3)
         plan = trained.Plan(problems, (5, 10, 20, 50, 100), seeds, 10_240, store, options.device, options.seed)
-        return Size(*exact, plan, list(trained.OBJECTIVES), problems)
+        return Size(*exact, plan, list(trained.OBJECTIVES), True)
     plan = trained.Plan(problems, (10, 20, 50), options.seeds, 2560, store, options.device, options.seed)
-    return Size(*exact, plan, ["ddpo-euler", "Heun"], ["gaussian-1d"])
+    return Size(*exact, plan, ["ddpo-euler-integrated", "Heun"], True)
 
 
 def measure(n: Size, seed: int) -> list[Row]:
@@ -341,12 +343,14 @@ def measure(n: Size, seed: int) -> list[Row]:
 def learn(n: Size) -> list[Row]:
     """Policies, and what the step size has left in them."""
     runs = n.plan.train()
-    boxes = [(box, name) for box, (kind, _) in trained.BOXES.items() for name in n.boxed
-             if kind == "sde" or name.startswith("gaussian")]  # fmt: skip
     work: list[Callable[[], Iterator[Row]]] = [
         *(partial(panel, n.plan, runs) for panel in (trained.transfer, trained.invariance, trained.cost)),
-        *(partial(trained.drift, "gaussian-1d", e, steps) for e in n.drifts for steps in n.plan.steps),
-        *(partial(trained.black_box, *box, n.plan.seeds, n.plan.trajectories, n.plan.first) for box in boxes),
+        *(
+            partial(trained.drift, "gaussian-1d", e, steps)
+            for e, steps in product(n.drifts, n.plan.steps)
+            if steps >= trained.FINE
+        ),
+        *([partial(trained.black_box, n.plan), partial(trained.flow, n.plan, "gaussian-1d")] if n.boxes else []),
     ]
     return [row for panel in tqdm(work, "panels", leave=False) for row in panel()]
 
@@ -367,9 +371,11 @@ def wide(rows: Sequence[Row], panel: str, across: str, value: str, keys: Sequenc
     return [{name: line.get(name) for name in columns} for line in lines.values()]
 
 
-COLOURS = dict(zip(ESTIMATORS, ["#D55E00", "#882255", "#D55E00", "#882255", "#CC79A7", "#999999", "#E69F00", "#0072B2",
-                                "#009E73", "#000000", "#56B4E9"], strict=True))  # fmt: skip
-SHOWN = [name for name in ESTIMATORS if name not in ("Euler, left", "exact transitions")]
+COLOURS = dict(zip(ESTIMATORS, [
+    "#D55E00", "#882255", "#F0A000", "#D55E00", "#882255", "#CC79A7", "#999999", "#E69F00", "#0072B2", "#009E73",
+    "#000000", "#56B4E9",
+], strict=True))  # fmt: skip
+SHOWN = [name for name in ESTIMATORS if name not in ("Euler, left", "exact transitions", "ddpo-euler")]
 
 
 def draw(rows: Sequence[Row]) -> Figure:
@@ -405,7 +411,7 @@ def draw_transfer(ax: Axes, rows: Sequence[Row]) -> None:
     for (problem, mark), name in product(marks.items(), trained.TRAINED):
         wanted = {"panel": "transfer", "problem": problem, "estimator": name, "at": "limit"}
         chosen = [r for r in rows if wanted.items() <= r.items()]
-        shown = "ddpo-euler" if name.startswith("ddpo") else "Heun"
+        shown = name if name.startswith("ddpo") else "Heun"
         ax.errorbar([number(r, "nfe") for r in chosen], [number(r, "regret") for r in chosen],
                     [float(r["regret_se"] or 0) for r in chosen],
                     linestyle="--" if name.startswith("ddpo") else "-", color=COLOURS[shown], marker=mark,
@@ -432,7 +438,7 @@ def line(ax: Axes, chosen: Sequence[Row], x: str, y: str, name: str) -> None:
 def frame(ax: Axes, title: str, xlabel: str, rows: Sequence[Row], panel: str, x: str) -> None:
     """Both axes logarithmic, a tick at each x of the panel."""
     ax.set(xscale="log", yscale="log", title=title, xlabel=xlabel)
-    ticks = sorted({int(number(r, x)) for r in rows if r["panel"] == panel})
+    ticks = sorted({int(number(r, x)) for r in rows if r["panel"] == panel and r[x] is not None})
     ax.set_xticks(ticks, labels=[str(n) for n in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
@@ -463,12 +469,13 @@ def main(options: BiasOptions) -> None:
     rows += best(rows, options.steps)
     show(rows, "best", "the least bias, with the grid it is reached on; ratio = continuous / first-order ddpo",
          ["problem", "kl", "nfe", "ddpo", "ddpo_by", "ddpo-2m", "continuous", "continuous_by", "ratio"])  # fmt: skip
+    write(NAME, options, rows, began)  # what is exact is kept, whatever happens in training
     rows += learn(n)
     print("\ntrained at N steps, sampled elsewhere: regret")
     lines = wide(rows, "transfer", "at", "regret", ("problem", "estimator", "steps", "nfe", "trajectories"))
     print(table(lines, list(lines[0])))
     show(rows, "invariance", "how far apart over N: final regrets, and learning curves on the mean",
-         ["problem", "estimator", "seeds", "best_steps", "best", "worst_steps", "worst", "apart", "apart_se",
+         ["problem", "estimator", "seeds", "best_steps", "best", "worst_steps", "worst", "apart", "by_chance",
           "curves_apart"])  # fmt: skip
     print("\nregret of the N-step objective's own optimum on gaussian-1d")
     lines = wide(rows, "drift", "steps", "regret", ("estimator",))

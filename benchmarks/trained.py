@@ -6,8 +6,8 @@
                 the reward and the cost as that sampler has them. The optimum itself, sampled so, stands beside them.
     invariance  one setting for all N: how far learning curves (their mean distance) and final regrets lie apart over N.
     drift       what of that the objective alone explains. Start at the optimum, maximise the N-step objective itself
-                (exact moments, quasi-Newton to convergence) over a* + p(t) x + q(t), with polynomials p and q: the
-                regret of where it ends. A policy that is right at all N would not move.
+                (exact moments, quasi-Newton to convergence) over a* + p(t) x + q(t), with cubic p and q: the regret of
+                where it ends. A policy that is right at all N would not move.
     black_box   learning from trajectories of solvers without a transition density: stochastic Heun, torchsde's adaptive
                 scheme, and the probability flow (`ctrl.ProbabilityFlow`, with a price of its own on actions) by Heun.
 
@@ -20,7 +20,6 @@ import dataclasses
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -31,17 +30,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchsde
+from accelerate import Accelerator
 from numpy.polynomial.chebyshev import chebvander
+from scipy.integrate import quad
+from scipy.stats import norm as normal
 from torch import Tensor, nn
 
 from benchmarks.algorithms import METHODS, Job, carry_out, entry_of, gain, trained
-from benchmarks.moments import Case, Cost, by_quadrature, girsanov, integrated, objective, own_kl
+from benchmarks.moments import Case, Cost, by_quadrature, girsanov, objective, own_kl
 from benchmarks.report import Row, number
 from ctrl import (
     DDIM,
+    Estimate,
     EulerMaruyama,
     Heun,
+    IntegratedEuler,
     Multistep2,
     NetworkCritic,
     Noise,
@@ -51,11 +54,9 @@ from ctrl import (
     rollout,
 )
 from ctrl.algorithms import DDPO, ActorCritic
-from ctrl.bridge import sdeint
 from ctrl.fit import Settings, fit
 from ctrl.gaussian import Mean
-from ctrl.problem import Problem
-from ctrl.solvers import Act, Solver
+from ctrl.solvers import Solver
 from toy import catalogue
 from toy.catalogue import Entry
 from toy.gaussian import GaussianDiffusion
@@ -63,7 +64,7 @@ from toy.lq import LQ, Array, LinearPolicy
 from toy.networks import Policy, Value
 from toy.scoreboard import reference_regret, score
 
-TRAINED = ("actor-critic", "ddpo-euler")
+TRAINED = ("actor-critic", "ddpo-euler-integrated")
 LONGER = 4
 ODE_SAMPLES, ODE_STEPS = 16_384, 50
 
@@ -92,8 +93,13 @@ class Plan:
         return [self.job(problem, method, steps, seed) for seed in range(self.first, self.first + self.seeds)]
 
     def train(self) -> dict[Job, Row]:
-        """All runs, from their files where they are done."""
-        jobs = [job for case in product(self.problems, TRAINED, self.steps) for job in self.jobs(*case)]
+        """All runs for `transfer` and `invariance`, from their files where they are done."""
+        return self.carried_out(
+            [job for case in product(self.problems, TRAINED, self.steps) for job in self.jobs(*case)]
+        )
+
+    def carried_out(self, jobs: list[Job]) -> dict[Job, Row]:
+        """These."""
         runs = dict(zip(jobs, carry_out(jobs, self.store, self.workers, device=self.device), strict=True))
         if failed := {job.key: row["failed"] for job, row in runs.items() if row["failed"]}:
             raise ValueError(f"runs that failed, in {self.store}: {failed}")
@@ -105,10 +111,10 @@ def calls_of(method: str, steps: int) -> int:
     return steps * Settings(**METHODS[method].settings).solver.calls
 
 
-def over_seeds(values: Sequence[float], noise: float = 0.0) -> tuple[float, float | None]:
-    """Mean and standard error over seeds; `noise` is the error that all seeds share."""
-    n = len(values)
-    return mean(values), math.hypot(stdev(values) / n**0.5, noise) if n > 1 else noise or None
+def over_seeds(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Mean over seeds and its standard error, from (value, error) each; all have the same noise, so theirs stays."""
+    values, noise = [value for value, _ in found], mean(error for _, error in found)
+    return mean(values), math.hypot(stdev(values) / len(values) ** 0.5, noise) if len(values) > 1 else noise
 
 
 # transfer
@@ -125,8 +131,8 @@ def transfer(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
         for steps in plan.steps:
             jobs = plan.jobs(problem, method, steps)
             places = [sampled_at(problem, method, trained(job, plan.store), plan.steps) for job in jobs]
-            found = {at: over_seeds([place[at][0] for place in places], optimum[at][1]) for at in optimum}
-            found["limit"] = over_seeds([number(runs[job], "regret") for job in jobs])
+            found = {at: over_seeds([place[at] for place in places]) for at in optimum}
+            found["limit"] = over_seeds([(number(runs[j], "regret"), number(runs[j], "regret_stderr")) for j in jobs])
             for at, (regret, error) in found.items():
                 yield {"panel": "transfer", "problem": problem, "estimator": method, "steps": steps,
                        "seeds": len(jobs), "nfe": calls_of(method, steps), "trajectories": jobs[0].trajectories,
@@ -156,9 +162,9 @@ def by_ode(entry: Entry, policy: Mean) -> tuple[float, float]:
     times, noise = grids.natural(problem, ODE_STEPS), Noise(996)
     path = rollout(ode, policy, times, noise, ids, solver=Heun(), cond=entry.condition(ids))
     reward = problem.reward(path.x[-1], path.cond)
-    price, unit = problem.beta * score(entry, policy, samples=1024, steps=60).path_kl.mean, reference_regret(entry)
-    regret = float(entry.J_optimal.mean) - float(reward.mean() - price)
-    return regret / unit, float(reward.std()) / ODE_SAMPLES**0.5 / unit
+    kl, unit = score(entry, policy, steps=60).path_kl, reference_regret(entry)
+    regret = float(entry.J_optimal.mean) - float(reward.mean() - problem.beta * kl.mean)
+    return regret / unit, math.hypot(float(reward.std()) / ODE_SAMPLES**0.5, problem.beta * float(kl.stderr)) / unit
 
 
 def cost(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
@@ -176,18 +182,27 @@ SPENT = ("seconds", "network_calls")
 
 
 def invariance(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
-    """How far apart over N, one row a problem and method."""
+    """How far apart over N, one row a problem and method; `by_chance` is how far the final regrets would be expected to
+    lie apart if N made no difference."""
     for problem, method in product(plan.problems, TRAINED):
         jobs = {n: plan.jobs(problem, method, n) for n in plan.steps}
-        finals = {n: over_seeds([number(runs[j], "regret") for j in seeds]) for n, seeds in jobs.items()}
+        finals = {
+            n: over_seeds([(number(runs[j], "regret"), number(runs[j], "regret_stderr")) for j in seeds])
+            for n, seeds in jobs.items()
+        }
         low, high = (pick(finals, key=lambda n: finals[n][0]) for pick in (min, max))
-        errors = [error for n in (low, high) if (error := finals[n][1]) is not None]
+        error = mean(se**2 for _, se in finals.values()) ** 0.5
         curves = torch.tensor([[regrets(runs[j]) for j in seeds] for seeds in jobs.values()]).mean(1)
         yield {"panel": "invariance", "problem": problem, "estimator": method, "from": min(plan.steps),
                "to": max(plan.steps), "seeds": plan.seeds, "best_steps": low, "best": finals[low][0],
                "worst_steps": high, "worst": finals[high][0], "apart": finals[high][0] - finals[low][0],
-               "apart_se": math.hypot(*errors) if errors else None,
+               "by_chance": expected_range(len(finals)) * error,
                "curves_apart": float((curves.amax(0) - curves.amin(0)).mean())}  # fmt: skip
+
+
+def expected_range(n: int) -> float:
+    """E of largest less least of n standard normals: the integral of 1 - F^n - (1 - F)^n."""
+    return float(quad(lambda x: 1 - normal.cdf(x) ** n - normal.sf(x) ** n, -8, 8)[0])
 
 
 def regrets(run: Row) -> list[float]:
@@ -195,7 +210,9 @@ def regrets(run: Row) -> list[float]:
     return [regret for _, regret in json.loads(str(run["curve"]))]
 
 
-DEGREE = 5
+DEGREE = 3
+FINE = 2 * (DEGREE + 1)
+"""Steps, at least, for a chain to see what the polynomials are."""
 
 
 class Around(nn.Module):
@@ -222,10 +239,11 @@ class Around(nn.Module):
         )
 
 
-OBJECTIVES: dict[str, tuple[Solver | None, Cost]] = {  # None: Euler with integrated coefficients
+OBJECTIVES: dict[str, tuple[Solver, Cost]] = {
     "ddpo-euler-public": (EulerMaruyama(left_noise=True), own_kl),
     "ddpo-ddim-public": (DDIM(), own_kl),
-    "ddpo-euler": (None, girsanov),
+    "ddpo-euler": (EulerMaruyama(), girsanov),
+    "ddpo-euler-integrated": (IntegratedEuler(), girsanov),
     "ddpo-ddim": (DDIM(), girsanov),
     "ddpo-2m": (Multistep2(), girsanov),
     "Heun": (Heun(), by_quadrature),
@@ -235,7 +253,6 @@ OBJECTIVES: dict[str, tuple[Solver | None, Cost]] = {  # None: Euler with integr
 def drift(problem: str, estimator: str, steps: int) -> Iterator[Row]:
     """The regret that maximising the N-step objective makes of the optimum, over J* - J_ref; exact."""
     case, (solver, cost) = Case.of(problem), OBJECTIVES[estimator]
-    solver = solver or integrated(case.problem)
     policy, times = Around(case.lq.optimal_policy(), case.lq.horizon), grids.uniform(case.problem, steps)
     quasi_newton = torch.optim.LBFGS(policy.parameters(), max_iter=100, line_search_fn="strong_wolfe")
 
@@ -246,6 +263,9 @@ def drift(problem: str, estimator: str, steps: int) -> Iterator[Row]:
         return value
 
     quasi_newton.step(loss)
+    (slope,) = torch.autograd.grad(objective(solver, cost, case, policy, times), policy.theta)
+    if float(slope.abs().max()) > 1e-4:
+        raise RuntimeError(f"{estimator} at {steps} steps: no maximum within {quasi_newton.defaults['max_iter']} steps")
     best = case.lq.J_optimal()
     regret = (best - case.lq.J(policy.linear())) / (best - case.lq.J(case.lq.reference))
     yield {"panel": "drift", "problem": problem, "estimator": estimator, "steps": steps,
@@ -253,38 +273,6 @@ def drift(problem: str, estimator: str, steps: int) -> Iterator[Row]:
 
 
 # black box
-
-
-@dataclass(frozen=True)
-class Adaptive(Solver):
-    """torchsde's Euler with its adaptive step size between two nodes, on a Brownian path that has the rollout's own
-    increment. What it does inside is not known to anyone who sees the nodes."""
-
-    tolerance: float = 1e-2
-
-    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
-        return grids.trapezoid(problem, times)
-
-    def plan(self, problem: Problem, times: Tensor) -> list[Tensor]:
-        return list(times.unfold(0, 2, 1))
-
-    def step(
-        self, problem: Problem, c: Tensor, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
-    ) -> Tensor:
-        start, end = problem.clock(c).tolist()
-        seed = int(xi.double().sum().view(torch.int64)) & (2**62 - 1)  # what lies between is drawn by the increment
-        path = torchsde.BrownianInterval(
-            t0=start, t1=end, size=xi.flatten(1).shape, dtype=xi.dtype, entropy=seed,
-            W=(end - start) ** 0.5 * xi.flatten(1),
-        )  # fmt: skip
-        h = float(c[1] - c[0])
-        options: dict[str, Any] = {"method": "euler", "adaptive": True, "dt": h, "dt_min": h / 64}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Numerical solution is not guaranteed")  # it is: the noise is additive
-            return sdeint(
-                problem, lambda t, x, cond: act(t[0], x), c, x, brownian=path, in_clock=True,
-                rtol=self.tolerance, atol=self.tolerance, **options,
-            ).x[-1]  # fmt: skip
 
 
 @cache
@@ -301,59 +289,62 @@ def without_noise(name: str) -> tuple[ProbabilityFlow, LQ]:
     return ProbabilityFlow(**{**fields, "eta": 0.0}), dataclasses.replace(exact.lq, at=at)
 
 
-BOXES: dict[str, tuple[str, Solver]] = {
-    "stochastic Heun": ("sde", Heun()),
-    "torchsde, adaptive": ("sde", Adaptive()),
-    "ODE, Heun": ("ode", Heun()),
-}
+BOXES = {"stochastic Heun": "actor-critic", "torchsde, adaptive": "actor-critic-torchsde"}
+"""Solvers without a density, and the methods that learn from their trajectories."""
 
 
-def black_box(box: str, name: str, seeds: int, trajectories: int, first: int = 0, steps: int = 20) -> Iterator[Row]:
-    """The regret that the actor-critic reaches, and what DDPO says."""
-    kind, solver = BOXES[box]
-    about: Row = {"panel": "black_box", "problem": name, "solver": box, "steps": steps}
+def black_box(plan: Plan, steps: int = 20) -> Iterator[Row]:
+    """The regret that the actor-critic reaches with each, and what DDPO says."""
+    jobs = {case: plan.jobs(*case, steps) for case in product(plan.problems, BOXES.values())}
+    runs = plan.carried_out([job for some in jobs.values() for job in some])
+    for problem, (box, method) in product(plan.problems, BOXES.items()):
+        some = jobs[problem, method]
+        yield refusal(problem, box, METHODS[method].settings.get("solver", Heun()), steps)
+        regret, se = over_seeds([(number(runs[j], "regret"), number(runs[j], "regret_stderr")) for j in some])
+        yield {"panel": "black_box", "problem": problem, "solver": box, "steps": steps, "estimator": "actor-critic",
+               "seeds": len(some), "trajectories": plan.trajectories, "regret": regret, "regret_se": se}  # fmt: skip
+
+
+def refusal(problem: str, box: str, solver: Solver, steps: int) -> Row:
+    """DDPO's row."""
     try:
-        DDPO().check(catalogue.get(name).problem, solver, None)
-    except ValueError as refusal:
-        yield {**about, "estimator": "ddpo", "regret": None, "why": str(refusal)}
-    learn = on_the_ode if kind == "ode" else on_the_sde
-    regret, se = over_seeds([learn(name, solver, seed, trajectories, steps) for seed in range(first, first + seeds)])
-    yield {**about, "estimator": "actor-critic", "seeds": seeds, "trajectories": trajectories,
-           "regret": regret, "regret_se": se}  # fmt: skip
+        DDPO().check(catalogue.get(problem).problem, solver, None)
+    except ValueError as said:
+        return {"panel": "black_box", "problem": problem, "solver": box, "steps": steps, "estimator": "ddpo",
+                "regret": None, "why": str(said)}  # fmt: skip
+    raise AssertionError(f"{box} has a density")
 
 
-def _settings(solver: Solver, seed: int, trajectories: int, steps: int) -> Settings:
-    settings = Settings(steps=steps, solver=solver, seed=seed, progress=False)
-    return dataclasses.replace(settings, epochs=max(trajectories // settings.samples, 1))
+def flow(plan: Plan, name: str, steps: int = 20) -> Iterator[Row]:
+    """The same on the probability flow."""
+    box = "probability flow, Heun"
+    yield refusal(name, box, Heun(), steps)
+    seeds = range(plan.first, plan.first + plan.seeds)
+    regret, se = over_seeds([on_the_ode(name, seed, plan.trajectories, steps) for seed in seeds])
+    yield {"panel": "black_box", "problem": name, "solver": box, "steps": steps, "estimator": "actor-critic",
+           "seeds": plan.seeds, "trajectories": plan.trajectories, "regret": regret, "regret_se": se}  # fmt: skip
 
 
-def on_the_sde(name: str, solver: Solver, seed: int, trajectories: int, steps: int) -> float:
-    """Relative regret on the fine grid."""
-    torch.manual_seed(seed)
-    entry = catalogue.get(name)
-    policy, critic = Policy(entry.problem), NetworkCritic(entry.problem, Value(entry.problem))
-    settings = _settings(solver, seed, trajectories, steps)
-    fit(entry.problem, policy, ActorCritic(), critic=critic, settings=settings)
-    return float(score(entry, policy, steps=100).relative_regret.mean)
-
-
-def on_the_ode(name: str, solver: Solver, seed: int, trajectories: int, steps: int) -> float:
-    """(J* - J)/(J* - J_ref) by Heun in 100 steps from the same starts."""
+def on_the_ode(name: str, seed: int, trajectories: int, steps: int) -> tuple[float, float]:
+    """(J* - J)/(J* - J_ref) by Heun in 100 steps, and its standard error: differences from the same starts."""
     torch.manual_seed(seed)
     problem, lq = without_noise(name)
     policy, critic = Policy(problem), NetworkCritic(problem, Value(problem))
     algorithm = ActorCritic(nats=math.inf)  # without noise there is no KL to be measured in
-    fit(problem, policy, algorithm, critic=critic, settings=_settings(solver, seed, trajectories, steps))
+    settings = Settings(steps=steps, seed=seed, progress=False)
+    settings = dataclasses.replace(settings, epochs=max(trajectories // settings.samples, 1))
+    fit(problem, policy, algorithm, critic=critic, settings=settings, accelerator=Accelerator(cpu=True))
 
-    def J(mean: Mean) -> float:
+    @torch.no_grad()
+    def returns(mean: Mean) -> Tensor:
         ids, times = torch.arange(4096), grids.natural(problem, 100)
         path = rollout(problem, mean, times, Noise(995), ids, solver=Heun())
 
         def cost(t: Tensor, x: Tensor, cond: None) -> Tensor:
             return problem.running_cost(t, x, mean(t, x, cond), problem.reference(t, x, cond))
 
-        with torch.no_grad():
-            return float((problem.reward(path.x[-1], None) - path.integrate(cost)).mean())
+        return problem.reward(path.x[-1], None) - path.integrate(cost)
 
-    best = J(lq.optimal_policy())
-    return (best - J(policy)) / (best - J(problem.reference))
+    best, unit = returns(lq.optimal_policy()), lq.J_optimal() - lq.J(lq.reference)
+    regret = Estimate.of(best - returns(policy))
+    return float(regret.mean) / unit, float(regret.stderr) / unit

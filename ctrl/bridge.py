@@ -8,6 +8,8 @@ rounding; without the clock it takes S(t_k) dW, and agrees to its order.
 from __future__ import annotations
 
 import math
+import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from ctrl.grids import trapezoid
 from ctrl.linop import LinOp, Matrix
 from ctrl.problem import Problem
 from ctrl.rollout import Trajectory, check_finite
+from ctrl.solvers import Act, Solver
 
 
 class TorchSDE:
@@ -171,3 +174,35 @@ def sdeint(
     )
     check_finite(trajectory)
     return trajectory
+
+
+@dataclass(frozen=True)
+class AdaptiveEuler(Solver):
+    """torchsde's Euler with its adaptive step size between two nodes, on a Brownian path that has the rollout's own
+    increment. What it does inside is not known to anyone who sees the nodes."""
+
+    tolerance: float = 1e-2
+
+    def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
+        return trapezoid(problem, times)
+
+    def plan(self, problem: Problem, times: Tensor) -> list[Tensor]:
+        return list(times.unfold(0, 2, 1))
+
+    def step(
+        self, problem: Problem, c: Tensor, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+    ) -> Tensor:
+        start, end = problem.clock(c).tolist()
+        seed = int(xi.double().sum().view(torch.int64)) & (2**62 - 1)  # what lies between is drawn by the increment
+        path = torchsde.BrownianInterval(
+            t0=start, t1=end, size=xi.flatten(1).shape, dtype=xi.dtype, device=xi.device, entropy=seed,
+            W=(end - start) ** 0.5 * xi.flatten(1),
+        )  # fmt: skip
+        h = float(c[1] - c[0])
+        options: dict[str, Any] = {"method": "euler", "adaptive": True, "dt": h, "dt_min": h / 64}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Numerical solution is not guaranteed")  # it is: the noise is additive
+            return sdeint(
+                problem, lambda t, x, cond: act(t[0], x), c, x, brownian=path, in_clock=True,
+                rtol=self.tolerance, atol=self.tolerance, **options,
+            ).x[-1]  # fmt: skip

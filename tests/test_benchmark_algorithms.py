@@ -81,6 +81,7 @@ def test_what_was_done_is_not_repeated(tmp_path):
                "seconds_to_10pct": 1.0, "path_kl": 1.0, "control_error": 0.1, "critic_gradient_error": None,
                "network_calls": 1, "reward_calls": 1, "seconds": 1.0, "curve": "[[256, 0.2], [512, 0.05]]"}  # fmt: skip
         (tmp_path / f"{job.key}.json").write_text(json.dumps(row))
+        (tmp_path / f"{job.key}.pt").touch()
         rows.append(row)
     assert carry_out([short(seed=0), short(seed=1)], tmp_path, 1) == rows
     assert carry_out([short(seed=seed) for seed in range(9)], tmp_path, 1, done=True) == rows

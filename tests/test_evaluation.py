@@ -37,7 +37,7 @@ from ctrl import (
     rollout,
     z_bound,
 )  # fmt: skip
-from ctrl.algorithms import ActorCritic
+from ctrl.algorithms import ActorCritic, KLBudget, PathConsistency, PolicyIteration, PPOClip, PPOPenalty
 from ctrl.evaluation import increments, martingale, policy_slope, soft_cost, targets
 from tests.strategies import SEEDS, gaussians, normal, states
 from toy import catalogue
@@ -564,5 +564,14 @@ def test_without_noise_nothing_is_random_along_a_path():
     torch.testing.assert_close(problem.penalty(t).apply(one), expected)
     with pytest.raises(ValueError, match="eta must be 0"):
         ProbabilityFlow(**fields)
-    with pytest.raises(ValueError, match=r"nats must be math\.inf"):
-        ActorCritic().check(problem, Heun(), catalogue.get("gaussian-1d").value)
+    for algorithm in (
+        ActorCritic(),
+        PPOPenalty(),
+        PPOClip(),
+        PathConsistency(),
+        KLBudget(ActorCritic(nats=math.inf), 1.0),
+    ):
+        with pytest.raises(ValueError, match=r"take ActorCritic\(nats=math\.inf\)"):
+            algorithm.check(problem, Heun(), catalogue.get("gaussian-1d").value)
+    for algorithm in (ActorCritic(nats=math.inf), PolicyIteration()):
+        algorithm.check(problem, Heun(), catalogue.get("gaussian-1d").value)

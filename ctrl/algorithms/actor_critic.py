@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, check_price
+from ctrl.algorithms.base import Algorithm, check_noise, check_price
 from ctrl.evaluation import determined, increments, policy_slope, targets
 from ctrl.gaussian import Mean
 from ctrl.linop import dot
@@ -87,8 +87,8 @@ class ActorCritic(Algorithm):
         if critic is None:
             raise ValueError("critic must be given: ActorCritic learns V (see ctrl.NetworkCritic)")
         check_price(problem)
-        if problem.noiseless and self.nats < math.inf:
-            raise ValueError(f"nats must be math.inf, got {self.nats}: without noise there is no KL to be measured in")
+        if self.actor_updates and self.nats < math.inf:
+            check_noise(problem)
 
 
 def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:

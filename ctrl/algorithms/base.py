@@ -51,3 +51,9 @@ def check_price(problem: Problem) -> None:
     problem.penalty(torch.zeros(1))  # eta = 0 has no path KL, and says so
     if isinstance(problem, ScoreAsAction) and problem.beta == 0:
         raise ValueError("beta must be > 0: without a price on actions no action is greedy")
+
+
+def check_noise(problem: Problem) -> None:
+    """Raise unless paths have a KL between them."""
+    if problem.noiseless:
+        raise ValueError("problem has no noise (eta = 0), so no KL along its paths: take ActorCritic(nats=math.inf)")

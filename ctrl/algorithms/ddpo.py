@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.base import Algorithm, check_noise
 from ctrl.gaussian import Gaussian, Mean
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.replay import Nodes
@@ -88,6 +88,7 @@ class DDPO(Algorithm):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         _gaussian(solver)
+        check_noise(problem)
         if self.chain_kl and not isinstance(problem, ScoreAsAction):
             raise ValueError("chain_kl needs a ScoreAsAction problem: elsewhere the running cost is not a KL")
 

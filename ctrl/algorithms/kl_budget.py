@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.base import Algorithm, check_noise
 from ctrl.gaussian import GaussianPolicy, Mean
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.regularize import adapted
@@ -69,4 +69,5 @@ class KLBudget(Algorithm):
             raise ValueError("problem must be a ScoreAsAction with beta > 0, the weight that a KL budget adapts")
         if not self.nats > 0:
             raise ValueError(f"nats must be > 0, got {self.nats}")
+        check_noise(problem)
         self.algorithm.check(problem, solver, critic)

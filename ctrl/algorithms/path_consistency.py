@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import critic_loss
-from ctrl.algorithms.base import Algorithm, check_price
+from ctrl.algorithms.base import Algorithm, check_noise, check_price
 from ctrl.evaluation import determined, increments, policy_slope, soft_cost, targets
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
@@ -93,6 +93,7 @@ class PathConsistency(Algorithm):
         if critic is None:
             raise ValueError("critic must be given: PathConsistency learns V (see ctrl.NetworkCritic)")
         check_price(problem)
+        check_noise(problem)
         if not determined(problem):
             raise ValueError("B must be square: else actions do not determine grad V, and no residual vanishes")
 

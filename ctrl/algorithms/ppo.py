@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import ActorCritic
-from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.base import Algorithm, check_noise
 from ctrl.gaussian import Mean
 from ctrl.problem import Problem
 from ctrl.qvalue import advantage_rate
@@ -76,6 +76,7 @@ class PPO(Algorithm, ABC):
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not self.nats > 0:
             raise ValueError(f"nats must be > 0, got {self.nats}")
+        check_noise(problem)
         self.evaluation.check(problem, solver, critic)
 
 
