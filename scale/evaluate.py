@@ -35,6 +35,7 @@ from scale.rewards import Reward
 from scale.samplers import sampler
 
 GRID = tuple(product(("ddim", "dpmsolver++", "unipc", "euler"), (10, 25, 50, 100)))
+DECODED = 8  # latents at a time
 SEED = 1_000_003  # far from those of training
 
 
@@ -80,7 +81,12 @@ def draw(
 ) -> Pictures:  # fmt: skip
     """Sample i has prompt i mod P and the noise of its id, by the pipeline's own call with a sampler of `SAMPLERS`."""
     drawn = copy.copy(pipeline)  # the pipeline keeps its scheduler
-    drawn.scheduler = copy.deepcopy(sampler(name, pipeline).scheduler)
+    box = sampler(name, pipeline)
+    if box.noisy:
+        raise ValueError(
+            f"sampler {name!r} draws noise as it goes, not by sample id: before and after could not be paired"
+        )
+    drawn.scheduler = box.scheduler
     drawn.set_progress_bar_config(disable=True)
     device, dtype, unet = pipeline.unet.device, pipeline.unet.dtype, pipeline.unet.config
     size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
@@ -93,7 +99,7 @@ def draw(
             output_type="latent",
         ).images  # fmt: skip
         latents.append(end)
-        images.append(pictures_of(pipeline.vae, end).float().cpu())
+        images += [pictures_of(pipeline.vae, part).float().cpu() for part in end.split(DECODED)]
     return Pictures(torch.cat(latents), torch.cat(images), chosen)
 
 
@@ -128,8 +134,9 @@ class Evaluation:
 
     def write(self, file: Path) -> None:
         """In one move."""
+        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        part.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
         os.replace(part, file)
 
 
@@ -141,7 +148,8 @@ def evaluate(
     """Before and after. The first of the rewards is the one that was trained on; `headline` is the sampler, and the
     steps, of the figures outside the grid."""
     cells = list(dict.fromkeys([headline, *grid]))
-    rows, pictures = [], {}
+    rows: list[dict[str, Any]] = []
+    diversity: list[float | None] = []
     for name, steps in tqdm(cells, "evaluation"):
         sides = [draw(p, prompts, range(samples), name, steps, guidance, batch) for p in (untuned, pipeline)]
         row: dict[str, Any] = {"sampler": name, "steps": steps}
@@ -151,8 +159,7 @@ def evaluate(
             row |= {f"{key}_before": float(before.mean()), f"{key}_after": float(after.mean()),
                     f"{key}_gain": float(gain.mean), f"{key}_gain_se": float(gain.stderr)}  # fmt: skip
         rows.append(row)
-        pictures[name, steps] = sides
-    before, after = pictures[headline]
+        diversity = diversity or [side.diversity() for side in sides]  # the headline comes first
     policy, reference = (Score.of(p, guidance) for p in (pipeline, untuned))
     trained, first = next(iter(rewards)), rows[0]
     task = problem(reference, Decoded(pipeline.vae, rewards[trained]), beta=1.0)
@@ -160,7 +167,7 @@ def evaluate(
     return Evaluation(
         reward_before=first[f"{trained}_before"], reward_after=first[f"{trained}_after"],
         gain=first[f"{trained}_gain"], gain_se=first[f"{trained}_gain_se"], ceiling=ceiling,
-        path_kl=float(kl.mean), path_kl_se=float(kl.stderr), diversity_before=before.diversity(),
-        diversity_after=after.diversity(), samples=samples,
+        path_kl=float(kl.mean), path_kl_se=float(kl.stderr), diversity_before=diversity[0],
+        diversity_after=diversity[1], samples=samples,
         grid=[row for row, cell in zip(rows, cells, strict=True) if cell in grid],
     )  # fmt: skip

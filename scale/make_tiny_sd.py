@@ -186,7 +186,7 @@ def train_unet(latents: Tensor, tokens: Tensor, empty: Tensor, parts: nn.ModuleD
         pick = torch.randint(len(latents), (recipe.unet_batch,), generator=rng)
         words = torch.where(torch.rand(recipe.unet_batch, 1, generator=rng) < 0.1, empty, tokens[pick])
         shift = torch.rand((), generator=rng)
-        k = ((torch.arange(recipe.unet_batch) + shift) * TIMES / recipe.unet_batch).long()
+        k = ((torch.arange(recipe.unet_batch) + shift) * TIMES / recipe.unet_batch).long().clamp(max=TIMES - 1)
         noise, kept_k = torch.randn(latents[pick].shape, generator=rng), kept[k][:, None, None, None]
         x = kept_k.sqrt() * latents[pick] + (1 - kept_k).sqrt() * noise
         out = parts["unet"](x, k, encoder_hidden_states=parts["text_encoder"](words).last_hidden_state).sample
@@ -235,8 +235,8 @@ def scores(pipeline: StableDiffusionPipeline) -> dict[str, Any]:
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     """In half precision, readable by everyone."""
     pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
-    for file in folder.rglob("*"):
-        file.chmod(0o755 if file.is_dir() else 0o644)
+    for file in folder.glob("*/*.safetensors"):
+        file.chmod(0o644)
 
 
 def main(recipe: Recipe) -> None:

@@ -41,6 +41,7 @@ def load(name):
 
 def main(name):
     """Answer until stdin ends."""
+    sys.path.pop(0)  # this file's folder, whose modules are not the reward's
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     reward = None

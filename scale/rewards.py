@@ -13,6 +13,7 @@ import json
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class ClipScore(nn.Module):
 
     def __init__(self, model: str, scaled: bool = False) -> None:
         super().__init__()
-        self.clip = CLIPModel.from_pretrained(model, use_safetensors=True).eval().requires_grad_(False)
+        self.clip = CLIPModel.from_pretrained(model, use_safetensors=True).float().eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(model)
         self.size, self.scaled = self.clip.config.vision_config.image_size, scaled
         self.length = self.clip.config.text_config.max_position_embeddings
@@ -221,7 +222,8 @@ class Elsewhere:
         """End the interpreter."""
         if self.worker is not None:
             self.worker.kill()
-            self.worker.__exit__(None, None, None)
+            with suppress(OSError):  # what it has not read is of no use now
+                self.worker.__exit__(None, None, None)
             self.worker = None
 
     def __del__(self) -> None:

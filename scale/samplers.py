@@ -31,12 +31,14 @@ from ctrl.solvers import Act, Solver
 
 SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
     "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {}),
+    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
     "sde-dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
     "unipc": (UniPCMultistepScheduler, {}),
     "euler": (EulerDiscreteScheduler, {}),
     "heun": (HeunDiscreteScheduler, {}),
 }
+SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
+"""What a sampler takes over from the pipeline: the process, and none of its own scheduler's habits."""
 REFUSED = {
     "lcm": "it denoises to the end and noises again, for models distilled to that, and solves no process of this one",
     "pndm": "it asks for one time twice",
@@ -52,8 +54,9 @@ def sampler(name: str, pipeline: StableDiffusionPipeline) -> BlackBox:
     if name not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
     kind, changes = SAMPLERS[name]
-    config = {**pipeline.scheduler.config, "timestep_spacing": "trailing", "skip_prk_steps": None, **changes}
-    return BlackBox(kind.from_config({k: v for k, v in config.items() if v is not None}))
+    given = pipeline.scheduler.config
+    config = {name: given[name] for name in SCHEDULE if given.get(name) is not None}
+    return BlackBox(kind(**config, timestep_spacing="trailing", **changes))
 
 
 @dataclass
@@ -87,7 +90,12 @@ class BlackBox(Solver):
         inner = _time(problem, asked)
         end = torch.tensor([problem.horizon], dtype=torch.float64)
         times = torch.cat([torch.zeros(1, dtype=torch.float64), inner[1:], end])
-        if float(inner[0]) > 1e-6 or not bool((times.diff() > 0).all()):
+        if isinstance(self.scheduler, DDIMScheduler) and self.scheduler.config.num_train_timesteps % steps:
+            raise ValueError(
+                f"steps must divide {self.scheduler.config.num_train_timesteps} for DDIM, got {steps}: diffusers' DDIM "
+                f"steps by whole timesteps, and would fall behind the times it asks at"
+            )
+        if abs(float(inner[0])) > 1e-6 or not bool((times.diff() > 0).all()):
             raise ValueError(
                 f"{type(self.scheduler).__name__} must go from the last timestep of training to one above 0, in order; "
                 f"it asks at {asked.tolist()}: take timestep_spacing='trailing', and fewer steps than timesteps"
@@ -100,6 +108,11 @@ class BlackBox(Solver):
     def plan(self, problem: Problem, times: Tensor) -> list[_Call]:
         assert isinstance(problem, ScoreAsAction)
         steps = len(times) - 1
+        if self.noisy != (not problem.noiseless) or (self.noisy and problem.eta != 1):
+            raise ValueError(
+                f"{type(self.scheduler).__name__} {'takes' if self.noisy else 'has no'} noise, and needs a problem "
+                f"with eta = {int(self.noisy)}, got eta = {problem.eta}"
+            )
         if not torch.allclose(times.cpu(), self.grid(problem, steps)):
             raise ValueError("grid must be the sampler's own, without jitter: Settings(grid=box.grid, jitter=0.0)")
         state = _State(self._prepared(steps))
@@ -117,7 +130,7 @@ class BlackBox(Solver):
         for stage, timestep in enumerate(c.timesteps):
             if stage:
                 x = scheduler.scale_model_input(state.latents, timestep)
-                a = act(_time(problem, timestep), x)
+                a = act(_time(problem, timestep).to(x.device), x)
             out = self._output(problem, timestep, x, a)
             noise = {"variance_noise": xi} if self.noisy else {}
             state.latents = scheduler.step(out, timestep, state.latents, **noise).prev_sample.to(x.dtype)

@@ -4,8 +4,9 @@
     images = render([scene], torch.Generator().manual_seed(0))     # (1, 3, 32, 32) in [0, 1]
     following(images, [str(scene)])                                # (1,), near 1
 
-What a caption leaves open (size, place) is drawn at random. `following` looks at the picture alone: which pixels have
-the colour that was asked for, how well the shape that was asked for covers them, and how much of the rest is ground.
+What a caption leaves open is drawn at random; of two objects, which stand side by side, that is size and place always.
+`following` looks at colour, shape and ground: which pixels have the colour that was asked for, how well the shape that
+was asked for covers them, how much of the rest is ground. Size, place and pattern it does not judge.
 HELD_OUT are compositions that the embedded model never saw.
 """
 
@@ -87,6 +88,10 @@ class Scene:
     ground: str
     pattern: str | None = None
 
+    def __post_init__(self) -> None:
+        if len(self.objects) == 2 and any(item.size or item.place for item in self.objects):
+            raise ValueError("prompt: of two objects neither size nor place can be asked for")
+
     def __str__(self) -> str:
         ground = " ".join(word for word in (self.pattern, self.ground) if word)
         return f"{' and '.join(map(str, self.objects))} on a {ground} ground"
@@ -125,10 +130,10 @@ def draw_scenes(n: int, rng: torch.Generator) -> list[Scene]:
 
     scenes = []
     for _ in range(n):
-        two = float(torch.rand((), generator=rng)) < 0.2
-        objects = [Object(*pick(pairs), pick([*SIZES], 0.4), pick([*PLACES], 0.3)) for _ in range(1)]
-        if two:
+        if float(torch.rand((), generator=rng)) < 0.2:
             objects = [Object(*pick(pairs)), Object(*pick(pairs))]
+        else:
+            objects = [Object(*pick(pairs), pick([*SIZES], 0.4), pick([*PLACES], 0.3))]
         scenes.append(Scene(tuple(objects), pick([*GROUNDS]), pick(PATTERNS, 0.3)))
     return scenes
 
@@ -200,6 +205,8 @@ class Verdict:
 
 def judge(image: Tensor, scene: Scene) -> Verdict:
     """Look at one picture, (3, 32, 32)."""
+    if image.shape != (3, SIDE, SIDE):
+        raise ValueError(f"following judges pictures of shape (3, {SIDE}, {SIDE}), got {tuple(image.shape)}")
     colours, grounds = _nearest(image)
     covers, found, objects = [], True, torch.zeros(SIDE, SIDE, dtype=torch.bool)
     for i, item in enumerate(scene.objects):

@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -193,6 +200,7 @@ def test_rollout_draws_the_pipelines_images(folder: Path) -> None:
     torch.testing.assert_close(reward(path.x[-1], prompts(ids)), Brightness(True)(shown, PROMPTS), rtol=0, atol=1e-4)
 
 
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DETERMINISTIC = [name for name in SAMPLERS if not name.startswith("sde")]
 
 
@@ -217,14 +225,14 @@ def test_a_schedulers_rollout_draws_the_pipelines_images(folder: Path, name: str
     pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, "prediction_type": prediction})
     box = sampler(name, pipeline)
     pipeline.scheduler = box.scheduler
-    box.scheduler.set_timesteps(6)
+    box.scheduler.set_timesteps(5)
     unit = box.scheduler.init_noise_sigma * box.scheduler.scale_model_input(torch.ones(()), box.scheduler.timesteps[0])
     given = {"guidance_scale": GUIDANCE, "latents": start / unit, "output_type": "pt"}
-    shown = pipeline(PROMPTS, num_inference_steps=6, **given).images
+    shown = pipeline(PROMPTS, num_inference_steps=5, **given).images
     for _ in range(2):
-        path, images = drawn_by(box, pipeline, 6, start)
+        path, images = drawn_by(box, pipeline, 5, start)
         torch.testing.assert_close(images, shown, rtol=0, atol=1e-4)
-    assert len(path.t) == 7 and path.x[0] is not start
+    assert len(path.t) == 6 and path.x[0] is not start
     torch.testing.assert_close(path.x[0], start, rtol=1e-5, atol=1e-5)
 
 
@@ -276,6 +284,43 @@ def test_a_black_box_is_learned_from(pipeline: StableDiffusionPipeline, name: st
 def test_samplers_of_no_use_say_why(pipeline: StableDiffusionPipeline, name: str) -> None:
     with pytest.raises(ValueError, match=REFUSED.get(name, "sampler must be one of ddim, dpmsolver")):
         sampler(name, pipeline)
+
+
+V15 = {  # as in the hub's file of SD v1.5
+    "_class_name": "PNDMScheduler", "_diffusers_version": "0.6.0", "beta_end": 0.012, "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False, "skip_prk_steps": True,
+    "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS])
+def test_a_sampler_takes_the_process_and_none_of_the_habits(pipeline: StableDiffusionPipeline, name: str) -> None:
+    """From the scheduler that SD v1.5 comes with, and from another sampler's."""
+    for config in (PNDMScheduler.from_config(V15), DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++",
+                   use_karras_sigmas=True, prediction_type="v_prediction", **BETAS)):  # fmt: skip
+        pipeline.scheduler = config
+        box = sampler(name, pipeline)
+        assert torch.equal(box.scheduler.betas, PNDMScheduler.from_config(V15).betas)
+        assert box.noisy is (name == "sde-dpmsolver++")
+        assert box.scheduler.config.prediction_type == config.config.prediction_type
+        assert not box.scheduler.config.get("use_karras_sigmas")
+        box.scheduler.set_timesteps(10)
+        assert [round(float(t)) for t in box.scheduler.timesteps[:: box.calls]] == [999 - 100 * k for k in range(10)]
+
+
+def test_noise_where_there_is_none_is_refused(pipeline: StableDiffusionPipeline) -> None:
+    for name, eta in (("euler", 1.0), ("sde-dpmsolver++", 0.0), ("sde-dpmsolver++", 0.5)):
+        task = problem(Score.of(pipeline), Decoded(pipeline.vae, Brightness(True)), beta=1.0, eta=eta)
+        box = sampler(name, pipeline)
+        with pytest.raises(ValueError, match=f"needs a problem with eta = {int(box.noisy)}, got eta = {eta}"):
+            box.plan(task, box.grid(task, 4))
+
+
+def test_ddim_falls_behind_where_steps_do_not_divide(pipeline: StableDiffusionPipeline) -> None:
+    task = problem(Score.of(pipeline), Decoded(pipeline.vae, Brightness(True)), beta=1.0)
+    with pytest.raises(ValueError, match="steps must divide 1000 for DDIM, got 6"):
+        sampler("ddim", pipeline).grid(task, 6)
+    assert len(sampler("unipc", pipeline).grid(task, 6)) == 7
 
 
 def test_a_grid_that_ends_early_is_refused(pipeline: StableDiffusionPipeline) -> None:

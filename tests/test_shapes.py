@@ -8,17 +8,14 @@ from hypothesis import strategies as st
 from scale import shapes
 from scale.shapes import COLOURS, GROUNDS, HELD_OUT, PATTERNS, PLACES, SHAPES, SIZES, Object, Scene, judge, parse
 
-SCENES = st.builds(
-    Scene,
-    st.lists(
-        st.builds(
-            Object, st.sampled_from([*SHAPES]), st.sampled_from([*COLOURS]), st.sampled_from([None, *SIZES]),
-            st.sampled_from([None, *PLACES]),
-        ),
-        min_size=1, max_size=2,
-    ).map(tuple),
-    st.sampled_from([*GROUNDS]), st.sampled_from([None, *PATTERNS]),
+PLAIN = st.builds(Object, st.sampled_from([*SHAPES]), st.sampled_from([*COLOURS]))
+PLACED = st.builds(
+    Object, st.sampled_from([*SHAPES]), st.sampled_from([*COLOURS]), st.sampled_from([None, *SIZES]),
+    st.sampled_from([None, *PLACES]),
 )  # fmt: skip
+SCENES = st.builds(
+    Scene, st.tuples(PLACED) | st.tuples(PLAIN, PLAIN), st.sampled_from([*GROUNDS]), st.sampled_from([None, *PATTERNS])
+)
 
 
 def draw(*captions, seed=0):
@@ -35,6 +32,13 @@ def test_a_caption_says_all(scene):
 def test_other_prompts_are_refused(caption):
     with pytest.raises(ValueError, match="such as 'a large red circle"):
         parse(caption)
+
+
+def test_what_is_not_drawn_is_not_asked_for():
+    with pytest.raises(ValueError, match="neither size nor place"):
+        parse("a large red circle and a blue square on a white ground")
+    with pytest.raises(ValueError, match="judges pictures of shape"):
+        shapes.following(torch.rand(1, 3, 64, 64), ["a red circle on a white ground"])
 
 
 @given(SCENES, st.integers(0, 1000))
