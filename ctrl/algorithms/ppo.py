@@ -22,7 +22,7 @@ so that nothing is to be gained by going further, at any time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,9 @@ class PPO(Algorithm, ABC):
     nats: float = 0.5
     updates: int = 20
     nodes: int = 1024
-    evaluation: ActorCritic = ActorCritic(critic_updates=20, actor_updates=0, nodes=1024, keep=1)
+    evaluation: ActorCritic = field(
+        default_factory=lambda: ActorCritic(critic_updates=20, actor_updates=0, nodes=1024, keep=1)
+    )
 
     @abstractmethod
     def loss(self, run: Run, nodes: Nodes) -> Tensor:
