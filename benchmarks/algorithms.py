@@ -94,14 +94,14 @@ METHODS: dict[str, Method] = {  # learning rates other than the default's are wh
     "policy-iteration": Method(PolicyIteration, _LARGE),
     "ppo": Method(PPOPenalty, _LARGE),
     "adjoint-matching": Method(AdjointMatching, {**_LARGE, "lr": 2.5e-3}),
-    "ddpo-euler": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),
-    "ddpo-euler-integrated": Method(DDPO, {**_CHAIN, "solver": IntegratedEuler(), "lr": 2.5e-3}),
+    "ddpo-maruyama": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),
+    "ddpo-euler": Method(DDPO, {**_CHAIN, "solver": IntegratedEuler(), "lr": 2.5e-3}),
     "ddpo-2m": Method(DDPO, {**_LARGE, "jitter": 0.0, "solver": Multistep2(), "lr": 5e-3}),
     "ddpo-euler-public": Method(
         lambda: DDPO(chain_kl=True), {**_CHAIN, "solver": EulerMaruyama(left_noise=True), "lr": 5e-3}
     ),
 }
-MAIN = ("actor-critic", "path-consistency", "ddpo-euler", "ddpo-2m")
+MAIN = ("actor-critic", "path-consistency", "ddpo-maruyama", "ddpo-2m")
 
 
 @dataclass(frozen=True)
@@ -254,7 +254,7 @@ def jobs_of(options: AlgorithmOptions) -> list[Job]:
     elif options.full:
         cases = full()
     elif options.quick:
-        cases = list(product(("gaussian-1d", "mixture-2d"), ("actor-critic", "ddpo-euler"), (20,)))
+        cases = list(product(("gaussian-1d", "mixture-2d"), ("actor-critic", "ddpo-maruyama"), (20,)))
     else:
         methods = (*options.method, options.algorithm) if options.algorithm else options.method
         cases = list(product(options.problem, methods, options.steps))
@@ -268,7 +268,7 @@ def full() -> list[tuple[str, str, int]]:
     on every problem at N = 20, DDPO on the Euler chain; and the structured critic on the hard one too."""
     chains = [name for name in METHODS if name.startswith("ddpo")]
     cases = [*product(["mixture-2d"], ["actor-critic", *chains], STEPS)]
-    cases += product(catalogue.NAMES, ["actor-critic", "ddpo-euler"], [20])
+    cases += product(catalogue.NAMES, ["actor-critic", "ddpo-maruyama"], [20])
     cases += product(["mixture-2d"], METHODS, [20])
     cases += [("mixture-2d-rare-mode", "actor-critic-structured", 20)]
     return list(dict.fromkeys(cases))

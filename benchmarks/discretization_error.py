@@ -7,8 +7,8 @@ calls, with the KL term and without:
 
     DDPO        the gradient of the N-step chain's own objective, which is what it follows in expectation, on the chains
                 of Euler, DDIM and 2M. `-public` is as public codes have it, with g²(t_k) dt and the KL of the chain's
-                own transitions; the others have the exact integral of g² and Girsanov's KL, `-integrated` all
-                coefficients integrated exactly.
+                own transitions; the others are DDPO at its best: coefficients integrated exactly, and Girsanov's KL.
+                `ddpo-maruyama` has the exact integral of g² alone, the other coefficients as at the left end.
     continuous  E of the integral of (da/dtheta)' [B' grad V - R (a - a_ref)], grad V exact, states from any solver with
                 its quadrature: Euler and DDIM with a left sum, Heun and exact transitions with the trapezoid, 2M with
                 that in the clock. A random subset of nodes has the expectation of all of them. "random times" are one
@@ -55,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from benchmarks import trained
 from benchmarks.estimators import copies
-from benchmarks.moments import CALLS, ESTIMATORS, Case, trajectory
+from benchmarks.moments import CALLS, ESTIMATORS, Case, integrated, trajectory
 from benchmarks.report import Options, Row, number, table, write
 from ctrl import (
     DDIM,
@@ -63,8 +63,8 @@ from ctrl import (
     EulerMaruyama,
     Exponential,
     Heun,
-    IntegratedEuler,
     Multistep2,
+    Problem,
     ScoreAsAction,
     Solver,
     chain_kl,
@@ -159,7 +159,7 @@ def kl_of_chains(case: Case, grid: str, calls: Sequence[int]) -> Iterator[Row]:
 def best(rows: Sequence[Row], calls: Sequence[int]) -> Iterator[Row]:
     """The least bias of theirs, on first-order chains and on 2M, and of ours, at equal calls, each on its best grid."""
     kinds = {
-        "ddpo": ("ddpo-euler", "ddpo-euler-integrated", "ddpo-ddim"),
+        "ddpo": ("ddpo-maruyama", "ddpo-euler", "ddpo-ddim"),
         "ddpo-2m": ("ddpo-2m",),
         "continuous": ("Heun", "2M"),
     }
@@ -222,11 +222,11 @@ class AroundTheOptimum(nn.Module):
         return self.entry.optimal_policy(t, x, cond) + K * (t / self.entry.problem.horizon)[:, None].to(x.dtype) * x + k
 
 
-SAMPLED: dict[str, tuple[Algorithm, Solver]] = {
+SAMPLED: dict[str, tuple[Algorithm, Solver | Callable[[Problem], Solver]]] = {
     "ddpo-euler-public": (DDPO(chain_kl=True), EulerMaruyama(left_noise=True)),
     "ddpo-ddim-public": (DDPO(chain_kl=True), DDIM()),
-    "ddpo-euler": (DDPO(), EulerMaruyama()),
-    "ddpo-euler-integrated": (DDPO(), IntegratedEuler()),
+    "ddpo-maruyama": (DDPO(), EulerMaruyama()),
+    "ddpo-euler": (DDPO(), integrated),
     "ddpo-ddim": (DDPO(), DDIM()),
     "ddpo-2m": (DDPO(), Multistep2()),
     "Euler, left": (ActorCritic(nats=math.inf), EulerMaruyama()),
@@ -239,7 +239,8 @@ SAMPLED: dict[str, tuple[Algorithm, Solver]] = {
 def monte_carlo(name: str, estimator: str, samples: int, epochs: int, seed: int, steps: int = 20) -> Iterator[Row]:
     """One estimator, sampled. With the KL term; without it for DDPO on 2M where there is an expectation to hold it
     against, since DDPO's cost is a left sum and the exact panel has the trapezoid."""
-    (algorithm, solver), exact = SAMPLED[estimator], not name.startswith("mixture")
+    (algorithm, chain), exact = SAMPLED[estimator], not name.startswith("mixture")
+    solver = chain if isinstance(chain, Solver) else chain(catalogue.get(name).problem)
     kl = not (exact and estimator == "ddpo-2m")
     settings = Settings(samples=samples, steps=steps, solver=solver, grid=grids.uniform, jitter=0.0, seed=seed)
     row: Row = {"panel": "monte_carlo", "problem": name, "kl": kl, "estimator": estimator, "grid": "uniform",
@@ -261,15 +262,16 @@ def monte_carlo(name: str, estimator: str, samples: int, epochs: int, seed: int,
            "sd": _sd(g, samples) / scale}  # fmt: skip
 
 
-GROWTH = {"ddpo-euler": 2, "ddpo-ddim": 2, "Heun": 1, "2M": 1}
+GROWTH = {"ddpo-maruyama": 2, "ddpo-ddim": 2, "Heun": 1, "2M": 1}
 """What theory says of the variance's order in d."""
 
 
 def dimension(estimator: str, dimensions: Sequence[int], samples: int, epochs: int, seed: int) -> Iterator[Row]:
     """The variance of one trajectory's share of the gradient on d copies of gaussian-1d, and its order in d."""
-    algorithm, solver = SAMPLED[estimator]
+    algorithm, chain = SAMPLED[estimator]
     variances = []
     for case in map(copies, dimensions):
+        solver = chain if isinstance(chain, Solver) else chain(case.problem)
         settings = Settings(samples=samples, steps=20, solver=solver, grid=grids.uniform, jitter=0.0, seed=seed)
         g = gradients(case.problem, Perturbed(case.problem), algorithm, case.value, settings, epochs)
         variances.append(_sd(g, samples) ** 2)
@@ -319,7 +321,7 @@ def size(options: BiasOptions) -> Size:
         plan = trained.Plan(problems, (5, 10, 20, 50, 100), seeds, 10_240, store, options.device, options.seed)
         return Size(*exact, plan, list(trained.OBJECTIVES), True)
     plan = trained.Plan(problems, (10, 20, 50), options.seeds, 2560, store, options.device, options.seed)
-    return Size(*exact, plan, ["ddpo-euler-integrated", "Heun"], True)
+    return Size(*exact, plan, ["ddpo-euler", "Heun"], True)
 
 
 def measure(n: Size, seed: int) -> list[Row]:
@@ -375,7 +377,7 @@ COLOURS = dict(zip(ESTIMATORS, [
     "#D55E00", "#882255", "#F0A000", "#D55E00", "#882255", "#CC79A7", "#999999", "#E69F00", "#0072B2", "#009E73",
     "#000000", "#56B4E9",
 ], strict=True))  # fmt: skip
-SHOWN = [name for name in ESTIMATORS if name not in ("Euler, left", "exact transitions", "ddpo-euler")]
+SHOWN = [name for name in ESTIMATORS if name not in ("Euler, left", "exact transitions", "ddpo-maruyama")]
 
 
 def draw(rows: Sequence[Row]) -> Figure:

@@ -177,6 +177,16 @@ def ddpo(solver: GaussianStep, cost: Cost, case: Case, times: Tensor) -> Tensor:
     return grad
 
 
+def integrated(problem: Problem) -> GaussianStep:
+    """Euler with integrated coefficients; those of a linear-quadratic problem are constant."""
+    return IntegratedEuler() if isinstance(problem, ScoreAsAction) else EulerMaruyama()
+
+
+def best_euler(case: Case, times: Tensor) -> Tensor:
+    """DDPO on Euler's chain at its best."""
+    return ddpo(integrated(case.problem), girsanov, case, times)
+
+
 @dataclass(frozen=True)
 class Estimator:
     """A gradient estimator in expectation."""
@@ -193,8 +203,8 @@ class Estimator:
 ESTIMATORS: dict[str, Estimator] = {
     "ddpo-euler-public": Estimator(partial(ddpo, EulerMaruyama(left_noise=True), own_kl)),
     "ddpo-ddim-public": Estimator(partial(ddpo, DDIM(), own_kl)),
-    "ddpo-euler": Estimator(partial(ddpo, EulerMaruyama(), girsanov), diffusion=False),
-    "ddpo-euler-integrated": Estimator(partial(ddpo, IntegratedEuler(), girsanov)),
+    "ddpo-maruyama": Estimator(partial(ddpo, EulerMaruyama(), girsanov)),
+    "ddpo-euler": Estimator(best_euler, diffusion=False),
     "ddpo-ddim": Estimator(partial(ddpo, DDIM(), girsanov)),
     "ddpo-2m": Estimator(partial(ddpo, Multistep2(), girsanov)),
     "Euler, left": Estimator(partial(continuous, EulerMaruyama()), diffusion=False),

@@ -64,7 +64,7 @@ from toy.lq import LQ, Array, LinearPolicy
 from toy.networks import Policy, Value
 from toy.scoreboard import reference_regret, score
 
-TRAINED = ("actor-critic", "ddpo-euler-integrated")
+TRAINED = ("actor-critic", "ddpo-euler")
 LONGER = 4
 ODE_SAMPLES, ODE_STEPS = 16_384, 50
 
@@ -242,8 +242,8 @@ class Around(nn.Module):
 OBJECTIVES: dict[str, tuple[Solver, Cost]] = {
     "ddpo-euler-public": (EulerMaruyama(left_noise=True), own_kl),
     "ddpo-ddim-public": (DDIM(), own_kl),
-    "ddpo-euler": (EulerMaruyama(), girsanov),
-    "ddpo-euler-integrated": (IntegratedEuler(), girsanov),
+    "ddpo-maruyama": (EulerMaruyama(), girsanov),
+    "ddpo-euler": (IntegratedEuler(), girsanov),
     "ddpo-ddim": (DDIM(), girsanov),
     "ddpo-2m": (Multistep2(), girsanov),
     "Heun": (Heun(), by_quadrature),

@@ -144,6 +144,7 @@ def evaluate(
     pipeline: StableDiffusionPipeline, untuned: StableDiffusionPipeline, prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward], *, samples: int, guidance: float, grid: Sequence[tuple[str, int]] = GRID,
     headline: tuple[str, int] = ("ddim", 50), ceiling: float | None = None, batch: int = 16,
+    kl_steps: int = 50,
 ) -> Evaluation:  # fmt: skip
     """Before and after. The first of the rewards is the one that was trained on; `headline` is the sampler, and the
     steps, of the figures outside the grid."""
@@ -163,7 +164,7 @@ def evaluate(
     policy, reference = (Score.of(p, guidance) for p in (pipeline, untuned))
     trained, first = next(iter(rewards)), rows[0]
     task = problem(reference, Decoded(pipeline.vae, rewards[trained]), beta=1.0)
-    kl = nats(task, policy, Prompts.encode(pipeline, prompts), samples, batch=batch)
+    kl = nats(task, policy, Prompts.encode(pipeline, prompts), samples, kl_steps, batch)
     return Evaluation(
         reward_before=first[f"{trained}_before"], reward_after=first[f"{trained}_after"],
         gain=first[f"{trained}_gain"], gain_se=first[f"{trained}_gain_se"], ceiling=ceiling,

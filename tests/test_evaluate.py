@@ -78,7 +78,15 @@ def test_diversity_is_within_a_prompt():
 def test_a_model_gains_nothing_on_itself(pipeline, tmp_path):
     rewards = {"red": redness, "blue": blueness}
     found = evaluate(
-        pipeline, pipeline, PROMPTS, rewards, samples=4, guidance=2.0, grid=[("euler", 2)], headline=("ddim", 3)
+        pipeline,
+        pipeline,
+        PROMPTS,
+        rewards,
+        samples=4,
+        guidance=2.0,
+        grid=[("euler", 2)],
+        headline=("ddim", 3),
+        kl_steps=4,
     )
     assert (found.gain, found.gain_se, found.path_kl) == (0.0, 0.0, 0.0)
     assert found.diversity_before == found.diversity_after > 0
@@ -91,15 +99,15 @@ def test_a_model_gains_nothing_on_itself(pipeline, tmp_path):
 def test_a_gain_is_paired_and_kl_is_of_guided_processes(pipeline):
     """A bias b of eps, the same for both prompts, shifts the guided eps by b at any guidance; its rate of KL is
     ½ |b|² g²/sigma² in time, so the KL is ½ 256 b² (lambda(end) - lambda(start)), and its trapezoid, on steps of
-    h = 0.3 in lambda, at most h²/12 off."""
+    h = 0.87 in lambda, at most h²/12 off."""
     by, other = 0.02, tuned(pipeline)
     found = evaluate(other, pipeline, PROMPTS, {"red": redness}, samples=6, guidance=2.0, grid=[("ddim", 3)],
-                     headline=("ddim", 3))  # fmt: skip
+                     headline=("ddim", 3), kl_steps=16)  # fmt: skip
     sides = [draw(p, PROMPTS, range(6), "ddim", 3, 2.0).rewarded(redness, 6).double() for p in (pipeline, other)]
     difference = sides[1] - sides[0]
     assert found.gain == pytest.approx(float(difference.mean()), rel=1e-5)
     assert found.gain_se == pytest.approx(float(difference.std()) / 6**0.5, rel=1e-4)
     kept = pipeline.scheduler.alphas_cumprod.double()
     span = float((kept[0] / (1 - kept[0])).log() - (kept[-1] / (1 - kept[-1])).log())
-    assert found.path_kl == pytest.approx(0.5 * 256 * by**2 * span, rel=0.0075)
+    assert found.path_kl == pytest.approx(0.5 * 256 * by**2 * span, rel=0.065)
     assert found.path_kl_se < 1e-3 * found.path_kl

@@ -46,13 +46,13 @@ def test_an_objective_of_second_order_moves_the_optimum_less():
     about so on coarse grids; and Heun's is the least."""
     found = {
         name: [row["regret"] for n in (10, 20) for row in drift("gaussian-1d", name, n)]
-        for name in ("ddpo-euler-integrated", "Heun")
+        for name in ("ddpo-euler", "Heun")
     }
     assert all(0 < regret < 1 for pair in found.values() for regret in pair)
     euler, heun = (pair[0] / pair[1] for pair in found.values())
     assert 3 < euler < 5
     assert heun > 12
-    assert found["Heun"][1] < found["ddpo-euler-integrated"][1] / 100
+    assert found["Heun"][1] < found["ddpo-euler"][1] / 100
 
 
 def test_every_objective_is_one_of_a_known_estimator():
@@ -144,7 +144,7 @@ def test_a_figure_of_every_panel():
     """Of a row or two each, the optimum's without calls among them."""
     about = {"problem": "gaussian-1d", "kl": True}
     rows = [{"panel": "transfer", **about, "estimator": e, "nfe": n, "at": "limit", "regret": 0.1, "regret_se": 0.01}
-            for e, n in (("actor-critic", 20), ("ddpo-euler-integrated", 10), ("optimum by Heun", None))]  # fmt: skip
+            for e, n in (("actor-critic", 20), ("ddpo-euler", 10), ("optimum by Heun", None))]  # fmt: skip
     for n in (10, 20):
         rows += [{"panel": "bias", **about, "estimator": "Heun", "grid": "uniform", "nfe": n, "relative_error": 1 / n},
                  {"panel": "drift", **about, "estimator": "ddpo-euler", "nfe": n, "regret": 1 / n}]  # fmt: skip
