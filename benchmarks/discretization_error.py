@@ -424,9 +424,9 @@ def draw_transfer(ax: Axes, rows: Sequence[Row]) -> None:
 
 def draw_drift(ax: Axes, rows: Sequence[Row]) -> None:
     """Where the objective's own optimum lies."""
-    for name in dict.fromkeys(str(r["estimator"]) for r in rows if r["panel"] == "drift"):
+    for name in [name for name in SHOWN if any((r["panel"], r["estimator"]) == ("drift", name) for r in rows)]:
         line(ax, [r for r in rows if r["panel"] == "drift" and r["estimator"] == name], "nfe", "regret", name)
-    frame(ax, "the N-step objective's own optimum, gaussian-1d", "network calls a trajectory", rows, "drift", "nfe")
+    frame(ax, "optimum of the N-step objective, gaussian-1d", "network calls a trajectory", rows, "drift", "nfe")
 
 
 def line(ax: Axes, chosen: Sequence[Row], x: str, y: str, name: str) -> None:
@@ -439,7 +439,8 @@ def line(ax: Axes, chosen: Sequence[Row], x: str, y: str, name: str) -> None:
 
 def frame(ax: Axes, title: str, xlabel: str, rows: Sequence[Row], panel: str, x: str) -> None:
     """Both axes logarithmic, a tick at each x of the panel."""
-    ax.set(xscale="log", yscale="log", title=title, xlabel=xlabel)
+    ax.set(xscale="log", yscale="log", xlabel=xlabel)
+    ax.set_title(title, fontsize="medium")
     ticks = sorted({int(number(r, x)) for r in rows if r["panel"] == panel and r[x] is not None})
     ax.set_xticks(ticks, labels=[str(n) for n in ticks])
     ax.minorticks_off()
