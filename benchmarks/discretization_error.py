@@ -424,7 +424,7 @@ def draw_transfer(ax: Axes, rows: Sequence[Row]) -> None:
 
 def draw_drift(ax: Axes, rows: Sequence[Row]) -> None:
     """Where the objective's own optimum lies."""
-    for name in [name for name in SHOWN if any((r["panel"], r["estimator"]) == ("drift", name) for r in rows)]:
+    for name in SHOWN:
         line(ax, [r for r in rows if r["panel"] == "drift" and r["estimator"] == name], "nfe", "regret", name)
     frame(ax, "optimum of the N-step objective, gaussian-1d", "network calls a trajectory", rows, "drift", "nfe")
 

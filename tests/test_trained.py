@@ -145,6 +145,7 @@ def test_a_figure_of_every_panel():
     about = {"problem": "gaussian-1d", "kl": True}
     rows = [{"panel": "transfer", **about, "estimator": e, "nfe": n, "at": "limit", "regret": 0.1, "regret_se": 0.01}
             for e, n in (("actor-critic", 20), ("ddpo-euler", 10), ("optimum by Heun", None))]  # fmt: skip
+    rows.append({"panel": "best", **about, "nfe": 10, "ddpo": 0.1})
     for n in (10, 20):
         rows += [{"panel": "bias", **about, "estimator": "Heun", "grid": "uniform", "nfe": n, "relative_error": 1 / n},
                  {"panel": "drift", **about, "estimator": "ddpo-euler", "nfe": n, "regret": 1 / n}]  # fmt: skip
