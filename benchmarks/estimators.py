@@ -38,7 +38,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -168,6 +168,7 @@ class Copies(Critic):
         return self.one.grad(t.repeat_interleave(x.shape[1]), x.reshape(-1, 1)).view_as(x)
 
 
+@cache
 def copies(d: int) -> Case:
     """d independent copies of gaussian-1d: V is a sum over them, and grad J d times that of one."""
     one, law = case("gaussian-1d"), catalogue.get("gaussian-1d").exact

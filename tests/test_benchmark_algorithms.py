@@ -61,6 +61,7 @@ def test_a_run_leaves_its_policy(tmp_path):
     assert json.loads((tmp_path / f"{job.key}.json").read_text())["trajectories"] == 64
 
 
+@pytest.mark.long
 def test_a_users_algorithm_is_one_more_method(tmp_path, monkeypatch):
     """The README's own example, from a module of its own."""
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "class Plain" in block)

@@ -201,6 +201,7 @@ def test_marginals_are_kept_at_every_eta(eta):
     assert float(z.abs().max()) < z_bound(4 * z.numel()) + 1 / 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["mixture-1d", "mixture-2d", "mixture-2d-rare-mode", "mixture-2d-conditional"])
 def test_J_optimal_by_monte_carlo(name):
     """J* = E[r(Y_T) - integral of c] under a*, by a second-order rollout: z-test, at two step sizes on one path."""

@@ -59,6 +59,7 @@ def test_constant_shift_of_the_score(p, seed):
         torch.testing.assert_close(kl, torch.full((3,), exact), rtol=1e-8, atol=0.0)
 
 
+@pytest.mark.long
 @settings(max_examples=5)
 @given(gaussians(), st.floats(-0.4, 0.4), st.floats(-1.0, 1.0))
 def test_terminal_kl_is_at_most_path_kl(p, K, k):
@@ -92,6 +93,7 @@ def test_eta_zero_is_refused():
         problem.penalty(torch.zeros(1))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("eta", [pytest.param(0.5, marks=pytest.mark.long), 1.0])
 def test_kl_does_not_depend_on_the_parametrisation_of_time(eta):
     """Networks that are functions of (y/alpha, lambda): one KL over one range of lambda for VP, VE and rectified
