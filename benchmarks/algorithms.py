@@ -11,9 +11,10 @@ same noise for all (`toy.scoreboard.score`), whatever grid it was trained on:
     control_error   KL(P || P*) in nats
     seconds         CPU seconds of learning; seconds_to_10pct until the regret is below 10 %
 
-Runs go in parallel, one process each, and each leaves a file in OUT/algorithms.runs, so that an interrupted run goes on
-where it stopped. `--tune` instead searches learning rates on mixtures drawn at random, which are not in the catalogue,
-with the same budget for every method. `--algorithm module:Class` puts an algorithm of yours beside them.
+Runs go in parallel, one process each, and each leaves its policy and its figures in OUT/algorithms.runs, so that an
+interrupted run goes on where it stopped. `--sweep` asks whether the default algorithm ever diverges. `--tune`
+instead searches learning rates on mixtures drawn at random, which are not in the catalogue, with the same budget for
+every method. `--algorithm module:Class` puts an algorithm of yours beside them.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ from ctrl import (
     Multistep2,
     NetworkCritic,
     Noise,
+    NotFinite,
     StructuredCritic,
     grids,
     rollout,
@@ -214,10 +216,9 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Policy]:
             curve.append((n, float(score(entry, run.policy, samples=512, steps=40).relative_regret.mean), spent))
         began = time.process_time()
 
-    method.algorithm().check(problem, settings.solver, critic)
     try:
         result = fit(problem, policy, method.algorithm(), critic=critic, settings=settings, callbacks=[watch], **where)
-    except ValueError as failure:
+    except NotFinite as failure:
         return {**asdict(job), "failed": str(failure)}, policy
     final = score(entry, policy, critic if "critic_loss" in result.history[-1] else None, samples=FINAL, steps=100)
     gradient = final.critic_gradient_error
@@ -284,8 +285,12 @@ def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, de
     missing = [job for job in files if job not in kept or ":" in job.method]  # a user's own may have changed
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run, job, store, device) for job in missing]
-        for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
-            future.result()
+        try:
+            for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return [json.loads(file.read_text()) for file in files.values()]
 
 

@@ -346,7 +346,8 @@ def learn(n: Size) -> list[Row]:
     """Policies, and what the step size has left in them."""
     runs = n.plan.train()
     work: list[Callable[[], Iterator[Row]]] = [
-        *(partial(panel, n.plan, runs) for panel in (trained.transfer, trained.invariance, trained.cost)),
+        *(partial(trained.transfer, n.plan, runs, *case) for case in product(n.plan.problems, trained.TRAINED)),
+        *(partial(panel, n.plan, runs) for panel in (trained.invariance, trained.cost)),
         *(
             partial(trained.drift, "gaussian-1d", e, steps)
             for e, steps in product(n.drifts, n.plan.steps)
@@ -424,9 +425,6 @@ def draw_transfer(ax: Axes, rows: Sequence[Row]) -> None:
 
 def draw_drift(ax: Axes, rows: Sequence[Row]) -> None:
     """Where the objective's own optimum lies."""
-    if not any(r["panel"] == "drift" for r in rows):
-        ax.set_axis_off()
-        return
     for name in SHOWN:
         line(ax, [r for r in rows if r["panel"] == "drift" and r["estimator"] == name], "nfe", "regret", name)
     frame(ax, "optimum of the N-step objective, gaussian-1d", "network calls a trajectory", rows, "drift", "nfe")
@@ -441,7 +439,10 @@ def line(ax: Axes, chosen: Sequence[Row], x: str, y: str, name: str) -> None:
 
 
 def frame(ax: Axes, title: str, xlabel: str, rows: Sequence[Row], panel: str, x: str) -> None:
-    """Both axes logarithmic, a tick at each x of the panel."""
+    """Both axes logarithmic, a tick at each x of the panel; nothing where there is nothing to show."""
+    if not np.isfinite(ax.dataLim.get_points()).all():
+        ax.set_axis_off()
+        return
     ax.set(xscale="log", yscale="log", xlabel=xlabel)
     ax.set_title(title, fontsize="medium")
     ticks = sorted({int(number(r, x)) for r in rows if r["panel"] == panel and r[x] is not None})

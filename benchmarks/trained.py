@@ -6,7 +6,7 @@
                 the reward and the cost as that sampler has them. The optimum itself, sampled so, stands beside them.
     invariance  one setting for all N: how far learning curves (their mean distance) and final regrets lie apart over N.
     drift       what of that the objective alone explains. Start at the optimum, maximise the N-step objective itself
-                (exact moments, quasi-Newton to convergence) over a* + p(t) x + q(t), with cubic p and q: the regret of
+                (exact moments, Newton to convergence) over a* + p(t) x + q(t), with cubic p and q: the regret of
                 where it ends. A policy that is right at all N would not move.
     black_box   learning from trajectories of solvers without a transition density: stochastic Heun, torchsde's adaptive
                 scheme, and the probability flow (`ctrl.ProbabilityFlow`, with a price of its own on actions) by Heun.
@@ -20,7 +20,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
@@ -93,13 +93,13 @@ class Plan:
         return [self.job(problem, method, steps, seed) for seed in range(self.first, self.first + self.seeds)]
 
     def train(self) -> dict[Job, Row]:
-        """All runs for `transfer` and `invariance`, from their files where they are done."""
+        """All runs for `transfer`, `invariance` and `cost`."""
         return self.carried_out(
             [job for case in product(self.problems, TRAINED, self.steps) for job in self.jobs(*case)]
         )
 
     def carried_out(self, jobs: list[Job]) -> dict[Job, Row]:
-        """These."""
+        """How each went, from its file where it was done before."""
         runs = dict(zip(jobs, carry_out(jobs, self.store, self.workers, device=self.device), strict=True))
         if failed := {job.key: row["failed"] for job, row in runs.items() if row["failed"]}:
             raise ValueError(f"runs that failed, in {self.store}: {failed}")
@@ -120,23 +120,21 @@ def over_seeds(found: Sequence[tuple[float, float]]) -> tuple[float, float]:
 # transfer
 
 
-def transfer(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
-    """The regret of each policy wherever it is sampled, one row a problem, method, N and place."""
-    for problem, method in product(plan.problems, TRAINED):
-        optimum = sampled_at(problem, method, entry_of(problem).optimal_policy, plan.steps)
-        for at, (regret, se) in optimum.items():
-            name = f"optimum by {solver_of(method)}"
-            yield {"panel": "transfer", "problem": problem, "estimator": name, "steps": None, "seeds": None,
-                   "nfe": None, "trajectories": None, "at": at, "regret": regret, "regret_se": se}  # fmt: skip
-        for steps in plan.steps:
-            jobs = plan.jobs(problem, method, steps)
-            places = [sampled_at(problem, method, trained(job, plan.store), plan.steps) for job in jobs]
-            found = {at: over_seeds([place[at] for place in places]) for at in optimum}
-            found["limit"] = over_seeds([(number(runs[j], "regret"), number(runs[j], "regret_stderr")) for j in jobs])
-            for at, (regret, error) in found.items():
-                yield {"panel": "transfer", "problem": problem, "estimator": method, "steps": steps,
-                       "seeds": len(jobs), "nfe": calls_of(method, steps), "trajectories": jobs[0].trajectories,
-                       "at": at, "regret": regret, "regret_se": error}  # fmt: skip
+def transfer(plan: Plan, runs: dict[Job, Row], problem: str, method: str) -> Iterator[Row]:
+    """The regret of each policy wherever it is sampled, one row an N and place, and that of the optimum there."""
+    about: Row = {"panel": "transfer", "problem": problem}
+    optimum = sampled_at(problem, method, entry_of(problem).optimal_policy, plan.steps)
+    for at, (regret, se) in optimum.items():
+        yield {**about, "estimator": f"optimum by {solver_of(method)}", "steps": None, "seeds": None, "nfe": None,
+               "trajectories": None, "at": at, "regret": regret, "regret_se": se}  # fmt: skip
+    for steps in plan.steps:
+        jobs = plan.jobs(problem, method, steps)
+        places = [sampled_at(problem, method, trained(job, plan.store), plan.steps) for job in jobs]
+        found = {at: over_seeds([place[at] for place in places]) for at in optimum}
+        found["limit"] = over_seeds([(number(runs[j], "regret"), number(runs[j], "regret_stderr")) for j in jobs])
+        for at, (regret, error) in found.items():
+            yield {**about, "estimator": method, "steps": steps, "seeds": len(jobs), "nfe": calls_of(method, steps),
+                   "trajectories": jobs[0].trajectories, "at": at, "regret": regret, "regret_se": error}  # fmt: skip
 
 
 def solver_of(method: str) -> str:
@@ -171,12 +169,11 @@ def cost(plan: Plan, runs: dict[Job, Row]) -> Iterator[Row]:
     """What learning costs, one row a problem, method and N."""
     for problem, method, steps in product(plan.problems, TRAINED, plan.steps):
         jobs = plan.jobs(problem, method, steps)
-        seconds, calls = (mean(number(runs[j], name) / j.trajectories for j in jobs) for name in SPENT)
+        spent = ("seconds", "network_calls")
+        seconds, calls = (mean(number(runs[j], name) / j.trajectories for j in jobs) for name in spent)
         yield {"panel": "cost", "problem": problem, "estimator": method, "steps": steps,
                "seconds_per_1000": 1000 * seconds, "network_calls_per_trajectory": calls}  # fmt: skip
 
-
-SPENT = ("seconds", "network_calls")
 
 # invariance
 
@@ -250,24 +247,38 @@ OBJECTIVES: dict[str, tuple[Solver, Cost]] = {
 }
 
 
+def climb(value: Callable[[], Tensor], theta: nn.Parameter) -> None:
+    """To a maximum of value(): quasi-Newton until near, then Newton steps, the last of which is only rounding."""
+    near = torch.optim.LBFGS([theta], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        near.zero_grad()
+        loss = -value()
+        loss.backward()
+        return loss
+
+    near.step(loss)
+    for _ in range(NEWTON):
+        (slope,) = torch.autograd.grad(value(), theta, create_graph=True)
+        rows = [torch.autograd.grad(s, theta, retain_graph=True)[0].flatten() for s in slope.flatten()]
+        curvature = torch.linalg.eigvalsh(torch.stack(rows))
+        step = torch.linalg.solve(torch.stack(rows), slope.detach().flatten())
+        with torch.no_grad():
+            theta.sub_(step.view_as(theta))
+    if float(curvature.max()) >= 0 or float(step.norm()) > 1e-8 * float(theta.detach().norm()):
+        raise RuntimeError(f"no maximum: the last Newton step is {float(step.norm()):.1e} long")
+
+
+NEWTON = 4
+
+
 def drift(problem: str, estimator: str, steps: int) -> Iterator[Row]:
     """The regret that maximising the N-step objective makes of the optimum, over J* - J_ref; exact."""
     case, (solver, cost) = Case.of(problem), OBJECTIVES[estimator]
     policy, times = Around(case.lq.optimal_policy(), case.lq.horizon), grids.uniform(case.problem, steps)
-    quasi_newton = torch.optim.LBFGS(policy.parameters(), max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        quasi_newton.zero_grad()
-        value = -objective(solver, cost, case, policy, times)
-        value.backward()
-        return value
-
-    quasi_newton.step(loss)
-    (slope,) = torch.autograd.grad(objective(solver, cost, case, policy, times), policy.theta)
-    if float(slope.abs().max()) > 1e-4:
-        raise RuntimeError(f"{estimator} at {steps} steps: no maximum within {quasi_newton.defaults['max_iter']} steps")
-    best = case.lq.J_optimal()
-    regret = (best - case.lq.J(policy.linear())) / (best - case.lq.J(case.lq.reference))
+    best, worst = case.lq.J_optimal(), case.lq.J(case.lq.reference)
+    climb(lambda: objective(solver, cost, case, policy, times), policy.theta)
+    regret = (best - case.lq.J(policy.linear())) / (best - worst)
     yield {"panel": "drift", "problem": problem, "estimator": estimator, "steps": steps,
             "nfe": steps * solver.calls, "regret": regret}  # fmt: skip
 

@@ -22,7 +22,7 @@ from ctrl.noising import VE, VP, Noising, RectifiedFlow, VPCosine, VPLinear, VPT
 from ctrl.problem import IsotropicNormal, ProbabilityFlow, Problem, ScoreAsAction
 from ctrl.qvalue import advantage_rate, greedy, greedy_policy, martingale_residual, td_residual
 from ctrl.regularize import chain_kl, kl_rate, path_kl
-from ctrl.rollout import Trajectory, rollout
+from ctrl.rollout import NotFinite, Trajectory, rollout
 from ctrl.solvers import DDIM, EulerMaruyama, Exact, Exponential, Heun, IntegratedEuler, LinearStep, Multistep2, Solver
 from ctrl.value import COSINE, LINEAR, Critic, NetworkCritic, Skip, StructuredCritic
 
@@ -50,6 +50,7 @@ __all__ = [
     "NetworkCritic",
     "Noise",
     "Noising",
+    "NotFinite",
     "ProbabilityFlow",
     "Problem",
     "RectifiedFlow",

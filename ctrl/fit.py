@@ -32,7 +32,7 @@ from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
-from ctrl.rollout import batch_times, concatenate, rollout
+from ctrl.rollout import NotFinite, batch_times, concatenate, rollout
 from ctrl.solvers import Heun, Solver
 from ctrl.value import Critic
 
@@ -336,7 +336,7 @@ class Run:
         total = self.backward(learner, loss, nodes, size)
         norm = self.accelerator.clip_grad_norm_(learner.trained, self.settings.max_grad_norm)
         if self.accelerator.scaler is None and not bool(torch.isfinite(norm + total)):
-            raise ValueError(
+            raise NotFinite(
                 f"the {name}'s loss or its gradient is not finite in epoch {self.epoch + 1} (loss {float(total)}, "
                 f"gradient {float(norm)}): take a smaller learning rate, or look at what the {name} returns"
             )

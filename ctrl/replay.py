@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ctrl.grids import node_weights
-from ctrl.rollout import Trajectory
+from ctrl.rollout import NotFinite, Trajectory
 
 
 @dataclass(frozen=True)
@@ -182,5 +182,5 @@ def with_reward(path: Trajectory, reward: Tensor) -> Trajectory:
     reward = reward.detach().to(path.x)
     bad = ~torch.isfinite(reward)
     if bool(bad.any()):
-        raise ValueError(f"reward is not finite for sample id {int(path.ids[bad][0])}: it must be a number for every x")
+        raise NotFinite(f"reward is not finite for sample id {int(path.ids[bad][0])}: it must be a number for every x")
     return replace(path, reward=reward)

@@ -189,13 +189,17 @@ def _check_action(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> None:
         raise ValueError(f"policy must return actions of shape {tuple(expected)}, got {tuple(a.shape)}")
 
 
+class NotFinite(ValueError):
+    """A run has left the numbers: a state, a reward, a loss or a gradient is infinite or not a number."""
+
+
 def check_finite(trajectory: Trajectory) -> None:
     """Raise at the first state that is not finite, naming step, time and sample."""
     if bool(torch.isfinite(trajectory.x[-1]).all()):
         return
     bad = (~torch.isfinite(trajectory.x)).flatten(2).any(2)
     step, sample = (int(i) for i in bad.nonzero()[0])
-    raise ValueError(
+    raise NotFinite(
         f"state x is not finite at step {step} (t = {float(trajectory.t[step]):.6g}), sample id "
         f"{int(trajectory.ids[sample])}: look at the policy's output there, or take more steps"
     )

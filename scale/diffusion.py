@@ -29,7 +29,7 @@ from ctrl.linop import broadcast
 from ctrl.noising import VPTable
 from ctrl.problem import IsotropicNormal, ProbabilityFlow, ScoreAsAction
 from scale.prompts import Prompt
-from scale.rewards import Reward
+from scale.rewards import Reward, ask
 
 
 @dataclass(frozen=True)
@@ -199,10 +199,7 @@ class Decoded:
         """(B, C, H, W) -> (B,)."""
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             pieces = [slice(i, i + self.chunk) for i in range(0, len(x), self.chunk)]
-            return torch.cat([self._judged(self.images(x[p]), cond[p].prompts).to(x) for p in pieces])
-
-    def _judged(self, images: Tensor, prompts: list[Prompt]) -> Tensor:
-        return self.reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
+            return torch.cat([ask(self.reward, self.images(x[p]), cond[p].prompts).to(x) for p in pieces])
 
     def images(self, x: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, 3, H', W') in [0, 1]."""

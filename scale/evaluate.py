@@ -31,7 +31,7 @@ from ctrl.noise import INITIAL
 from ctrl.problem import ScoreAsAction
 from scale.diffusion import Decoded, Prompts, Score, pictures_of, problem
 from scale.prompts import Prompt
-from scale.rewards import Reward
+from scale.rewards import Reward, ask
 from scale.samplers import sampler
 
 GRID = tuple(product(("ddim", "dpmsolver++", "unipc", "euler"), (10, 25, 50, 100)))
@@ -59,7 +59,7 @@ class Pictures:
         for i in range(0, len(self.images), chunk):
             part = self.prompts[i : i + chunk]
             images = self.images[i : i + chunk].to(self.latents.device)
-            found.append(reward(images, [p.text for p in part], [p.metadata for p in part]).float().cpu())
+            found.append(ask(reward, images, part).float().cpu())
         return torch.cat(found)
 
     def diversity(self) -> float | None:

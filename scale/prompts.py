@@ -18,59 +18,11 @@ from typing import Any
 
 from scale import shapes
 
-ANIMALS = [
-    "ant",
-    "bat",
-    "bear",
-    "bee",
-    "beetle",
-    "butterfly",
-    "camel",
-    "cat",
-    "chicken",
-    "cow",
-    "crab",
-    "deer",
-    "dog",
-    "dolphin",
-    "donkey",
-    "duck",
-    "elephant",
-    "fish",
-    "fox",
-    "frog",
-    "giraffe",
-    "goat",
-    "goose",
-    "gorilla",
-    "hedgehog",
-    "horse",
-    "kangaroo",
-    "lion",
-    "lizard",
-    "llama",
-    "monkey",
-    "mouse",
-    "octopus",
-    "owl",
-    "panda",
-    "penguin",
-    "pig",
-    "rabbit",
-    "raccoon",
-    "rat",
-    "shark",
-    "sheep",
-    "snake",
-    "spider",
-    "squirrel",
-    "tiger",
-    "turkey",
-    "turtle",
-    "whale",
-    "wolf",
-    "zebra",
-]
+ANIMALS = """
+    ant bat bear bee beetle butterfly camel cat chicken cow crab deer dog dolphin donkey duck elephant fish fox
+    frog giraffe goat goose gorilla hedgehog horse kangaroo lion lizard llama monkey mouse octopus owl panda
+    penguin pig rabbit raccoon rat shark sheep snake spider squirrel tiger turkey turtle whale wolf zebra
+"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +34,7 @@ class Prompt:
 
 
 def _animals() -> list[Prompt]:
-    return [Prompt(f"{'an' if name[0] in 'aeio' else 'a'} {name}") for name in ANIMALS]
+    return [Prompt(f"{'an' if name[0] in 'aeio' else 'a'} {name}") for name in ANIMALS.split()]
 
 
 def _shapes(held_out: bool) -> list[Prompt]:

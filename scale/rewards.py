@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import subprocess
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,10 +24,25 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
+from ctrl import NotFinite
 from scale import reward_worker, shapes
+from scale.prompts import Prompt
 
 Metadata = Sequence[dict[str, Any]]
 Reward = Callable[[Tensor, list[str], Metadata], Tensor]
+
+
+def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """The rewards, (n,), one finite number a picture, or an error that names the reward and the picture's prompt."""
+    found = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
+    name, n = getattr(reward, "__name__", repr(reward)), len(images)
+    if not torch.is_tensor(found) or found.shape != (n,):
+        got = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
+        raise ValueError(f"reward {name} must return a tensor of shape ({n},), one number a picture, got {got}")
+    if bool((bad := ~found.detach().isfinite()).any()):
+        i = int(bad.nonzero()[0])
+        raise NotFinite(f"reward {name} is {float(found[i])} for picture {i} of {n}, of {prompts[i].text!r}")
+    return found
 
 
 # ------------------------------------------------------------------------------------------ of the file
@@ -159,12 +175,22 @@ def reward_of(text: str, python: str | None = None) -> Reward:
     this one."""
     parts = []
     for term in text.split(" + "):
-        weight, star, name = term.rpartition("*")
+        weight, _, name = term.rpartition("*")
         try:
-            parts.append((float(weight) if star else 1.0, _one(name.strip(), python)))
+            parts.append((_weight(weight.strip() or "1"), _one(name.strip(), python)))
         except ValueError as wrong:
             raise ValueError(f"reward {text!r}: {wrong}") from wrong
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else Weighted(tuple(parts))
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not math.isfinite(weight):
+        raise ValueError(f"the weight before * must be a number, got {text!r}; write differences as '+ -0.1 * name'")
+    return weight
 
 
 def _one(name: str, python: str | None) -> Reward:

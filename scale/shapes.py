@@ -36,8 +36,8 @@ PLACES = {
     "at the top": (0.0, -7.0),
     "at the bottom": (0.0, 7.0),
 }
-TONE = 0.18
-"""How much darker (on white) or lighter the second tone of a pattern is."""
+TONES = {name: tuple(v + (-0.18 if name == "white" else 0.18) for v in c) for name, c in GROUNDS.items()}
+"""The second tone of a pattern: darker on white, lighter elsewhere."""
 
 
 def _circle(x: Tensor, y: Tensor) -> Tensor:
@@ -176,12 +176,12 @@ def coverage(shape: str, radius: float, centre: tuple[float, float]) -> Tensor:
 def ground_of(scene: Scene) -> Tensor:
     """The picture without its objects, (3, 32, 32)."""
     x, y = _pixels()
-    base = torch.tensor(GROUNDS[scene.ground])[:, None, None].expand(3, SIDE, SIDE)
+    base, tone = (torch.tensor(c[scene.ground])[:, None, None].expand(3, SIDE, SIDE) for c in (GROUNDS, TONES))
     if scene.pattern is None:
         return base.clone()
     stripes, rows = ((v / 4).floor() % 2 for v in (x, y))
     second = stripes if scene.pattern == "striped" else (stripes + rows) % 2
-    return base + second * (-TONE if scene.ground == "white" else TONE)
+    return base + second * (tone - base)
 
 
 # judging
@@ -230,15 +230,10 @@ def following(images: Tensor, prompts: Sequence[str], metadata: Any = None) -> T
 
 def _nearest(image: Tensor) -> tuple[Tensor, Tensor]:
     """For each pixel the number of its object colour, and of its ground; -1 where it is nearer to the other kind."""
-    grounds = [(i, c) for i, c in enumerate(GROUNDS.values())]
-    toned = [
-        (i, tuple(v + (-TONE if name == "white" else TONE) for v in c))
-        for (i, c), name in zip(grounds, GROUNDS, strict=True)
-    ]
-    palette = torch.tensor([*COLOURS.values(), *(c for _, c in grounds), *(c for _, c in toned)])
+    palette = torch.tensor([*COLOURS.values(), *GROUNDS.values(), *TONES.values()])
     which = (image[None] - palette[:, :, None, None]).square().sum(1).argmin(0)
     n = len(COLOURS)
-    kinds = torch.tensor([*[-1] * n, *(i for i, _ in grounds), *(i for i, _ in toned)])
+    kinds = torch.tensor([-1] * n + 2 * [*range(len(GROUNDS))])
     return torch.where(which < n, which, -1), kinds[which]
 
 

@@ -94,6 +94,13 @@ def test_what_was_done_is_not_repeated(tmp_path):
     assert len(draw([summary], rows).axes) == 1
 
 
+def test_a_run_that_leaves_the_numbers_has_failed_and_one_that_cannot_begin_is_an_error():
+    with pytest.raises(ValueError, match="IntegratedEuler"):
+        train(short("ddpo-euler", problem="lq-1d"))
+    row, _ = train(short(lr=1e30))
+    assert "not finite" in row["failed"]
+
+
 def test_a_failed_run_counts():
     failed = {**vars(short()), "failed": "not finite"}
     (summary,) = summarise([failed])

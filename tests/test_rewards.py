@@ -1,6 +1,7 @@
 """Rewards give the numbers that the tools they stand on give."""
 
 import io
+import math
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from scale import shapes
 from scale.make_tiny_sd import tokenizer
-from scale.rewards import ClipScore, Elsewhere, kilobytes, reward_of
+from scale.prompts import Prompt
+from scale.rewards import ClipScore, Elsewhere, ask, kilobytes, reward_of
 
 PROMPTS = ["a red circle on a white ground", "a blue square on a black ground", "a yellow cross on a grey ground"]
 
@@ -151,7 +153,8 @@ def test_what_fails_elsewhere_is_told_here(mine, pictures):
     "text, message",
     [
         ("beauty", "neither module:function nor one of jpeg-compressibility"),
-        ("x * following", "could not convert string to float"),
+        ("following - 0.1 * jpeg-compressibility", "must be a number, got 'following - 0.1'; write differences as"),
+        ("nan * following", "must be a number, got 'nan'"),
         ("following=/some/model", "has no model to be named"),
         ("not_there:f", "cannot be imported: No module named"),
         ("math:not_there", "cannot be imported: module 'math' has no attribute"),
@@ -161,6 +164,22 @@ def test_what_fails_elsewhere_is_told_here(mine, pictures):
 def test_what_cannot_be_had_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         reward_of(text)
+
+
+@pytest.mark.parametrize(
+    "answer, message",
+    [
+        (lambda n: [1.0] * n, r"reward foreign must return a tensor of shape \(3,\), one number a picture, got list"),
+        (lambda n: torch.ones(n, 1), r"got \(3, 1\)"),
+        (lambda n: torch.tensor([1.0, math.nan, 1.0]), "reward foreign is nan for picture 1 of 3, of 'a blue square"),
+    ],
+)
+def test_what_a_reward_says_is_looked_at(answer, message, pictures):
+    def foreign(images, prompts, metadata):
+        return answer(len(images))
+
+    with pytest.raises(ValueError, match=message):
+        ask(foreign, pictures, [Prompt(text) for text in PROMPTS])
 
 
 def test_a_package_that_is_missing_here_may_be_elsewhere():

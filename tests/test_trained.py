@@ -15,6 +15,7 @@ from benchmarks.trained import (
     Plan,
     black_box,
     by_ode,
+    climb,
     drift,
     expected_range,
     flow,
@@ -53,6 +54,15 @@ def test_an_objective_of_second_order_moves_the_optimum_less():
     assert 3 < euler < 5
     assert heun > 12
     assert found["Heun"][1] < found["ddpo-euler"][1] / 100
+
+
+def test_a_climb_ends_at_the_maximum_or_says_that_there_is_none():
+    """-(x - 1)⁴ - (x - 1)² + 3 y - e^y: at x = 1, y = log 3; without the last term there is no end."""
+    theta = torch.nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    climb(lambda: -((theta[0] - 1) ** 4) - (theta[0] - 1) ** 2 + 3 * theta[1] - theta[1].exp(), theta)
+    torch.testing.assert_close(theta.data, torch.tensor([1.0, math.log(3)], dtype=torch.float64), rtol=1e-12, atol=0)
+    with pytest.raises(RuntimeError, match="no maximum"):
+        climb(lambda: theta.square().sum(), theta)
 
 
 def test_every_objective_is_one_of_a_known_estimator():
@@ -149,7 +159,9 @@ def test_a_figure_of_every_panel():
     for n in (10, 20):
         rows += [{"panel": "bias", **about, "estimator": "Heun", "grid": "uniform", "nfe": n, "relative_error": 1 / n},
                  {"panel": "drift", **about, "estimator": "ddpo-euler", "nfe": n, "regret": 1 / n}]  # fmt: skip
-    assert len(discretization_error.draw(rows).axes) == 4
+    assert [ax.axison for ax in discretization_error.draw(rows).axes] == [True, False, True, True]  # none without KL
+    some = [row for row in rows if row["panel"] != "drift"]
+    assert [ax.axison for ax in discretization_error.draw(some).axes] == [True, False, True, False]
 
 
 def test_the_exact_panels_need_calls_that_divide():
