@@ -386,6 +386,15 @@ class Run:
         """The mean of v, (..., B), over the samples of all processes, (...)."""
         return self.accelerator.reduce(v.sum(-1)) / self.settings.samples
 
+    def mean_over_others(self, v: Tensor, group: int) -> Tensor:
+        """For each sample the mean of v, (..., B), over the others of its group: `group` samples with ids in a row, on
+        whatever processes they are."""
+        ids = self.replay.batches[-1].trajectory.ids
+        which = (ids - self.epoch * self.settings.samples) // group
+        sums = v.new_zeros(*v.shape[:-1], -(-self.settings.samples // group))
+        sums.index_add_(-1, which, v)
+        return (self.accelerator.reduce(sums)[..., which] - v) / (group - 1)
+
     def log(self, name: str, value: Tensor | float) -> None:
         """A metric of this epoch: (B,) is averaged over samples, () is taken as it is; repeated ones are averaged."""
         value = torch.as_tensor(value, device=self.accelerator.device)
@@ -445,7 +454,8 @@ def fit(
             ):
                 checkpoint.save(run)
             bar.update()
-            bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics})
+            shown = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
+            bar.set_postfix({**shown, "samples/s": f"{settings.samples / metrics['seconds']:.3g}"})
             for callback in callbacks:
                 callback(run, metrics)
     return Result(policy, critic, run.ema, run.history)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
@@ -34,23 +35,26 @@ from scale.rewards import Reward, ask
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts and what the text encoder makes of them, once. As `conditions` it gives sample i the prompt i mod P.
+    """P prompts and what the text encoder makes of them, once. As `conditions` it gives sample i the prompt
+    i // in_a_row mod P.
 
     Attributes:
         prompts: P of them, with what a reward may want to know beside the text.
         embeds: one state per token, (P, L, E).
         pooled: one vector per prompt, (P, E').
         empty: the embedding of the empty prompt, for guidance, (1, L, E).
+        in_a_row: samples of one prompt before the next one comes.
     """
 
     prompts: Sequence[Prompt]
     embeds: Tensor
     pooled: Tensor
     empty: Tensor
+    in_a_row: int = 1
 
     @staticmethod
     @torch.no_grad()
-    def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt | str]) -> Prompts:
+    def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt | str], in_a_row: int = 1) -> Prompts:
         """Run the text encoder, which is not needed afterwards."""
         known = tuple(Prompt(p) if isinstance(p, str) else p for p in prompts)
         tokens = pipeline.tokenizer(
@@ -62,7 +66,7 @@ class Prompts:
         )
         states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))
         embeds, pooled = states.last_hidden_state, states.pooler_output
-        return Prompts(known, embeds[1:], pooled[1:], embeds[:1])
+        return Prompts(known, embeds[1:], pooled[1:], embeds[:1], in_a_row)
 
     @property
     def width(self) -> int:
@@ -71,7 +75,7 @@ class Prompts:
 
     def __call__(self, ids: Tensor) -> Cond:
         """The conditions of samples ids, (n,)."""
-        return Cond(self, ids % len(self.prompts))
+        return Cond(self, ids // self.in_a_row % len(self.prompts))
 
 
 @dataclass(frozen=True)
@@ -138,7 +142,9 @@ class Score(nn.Module):
         return Score(pipeline.unet, noising, scheduler.config.prediction_type, guidance)
 
     def frozen(self) -> Score:
-        """A copy that is not trained: the reference."""
+        """The reference, which is not trained: a copy, or of a UNet with adapters the same one without them."""
+        if getattr(self.unet, "peft_config", None):
+            return Score(WithoutAdapters(self.unet), self.noising, self.prediction, self.guidance)
         return copy.deepcopy(self).requires_grad_(False)
 
     @property
@@ -166,6 +172,26 @@ class Score(nn.Module):
     def _unet(self, k: Tensor, x: Tensor, text: Tensor) -> Tensor:
         dtype = self.unet.dtype
         return self.unet(x.to(dtype), k, encoder_hidden_states=text.to(dtype), return_dict=False)[0].to(x.dtype)
+
+
+class WithoutAdapters(nn.Module):
+    """A UNet as it was before adapters were added."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.unet, self.config = unet, unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The UNet's."""
+        return self.unet.dtype
+
+    def forward(self, *args: Any, **options: Any) -> Any:
+        self.unet.disable_adapters()
+        try:
+            return self.unet(*args, **options)
+        finally:
+            self.unet.enable_adapters()
 
 
 def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0) -> ScoreAsAction:

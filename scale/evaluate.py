@@ -77,7 +77,7 @@ class Pictures:
 @torch.no_grad()
 def draw(
     pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt], ids: Sequence[int], name: str, steps: int,
-    guidance: float, batch: int = 16,
+    guidance: float, batch: int = 16, seed: int = SEED,
 ) -> Pictures:  # fmt: skip
     """Sample i has prompt i mod P and the noise of its id, by the pipeline's own call with a sampler of `SAMPLERS`."""
     drawn = copy.copy(pipeline)  # the pipeline keeps its scheduler
@@ -90,7 +90,7 @@ def draw(
     drawn.set_progress_bar_config(disable=True)
     device, dtype, unet = pipeline.unet.device, pipeline.unet.dtype, pipeline.unet.config
     size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
-    noise, latents, images, chosen = Noise(SEED), [], [], [prompts[i % len(prompts)] for i in ids]
+    noise, latents, images, chosen = Noise(seed), [], [], [prompts[i % len(prompts)] for i in ids]
     for k in range(0, len(ids), batch):
         start = noise.normal(torch.tensor(ids[k : k + batch]), (unet.in_channels, *size), INITIAL)
         text = [p.text for p in chosen[k : k + batch]]
@@ -118,18 +118,22 @@ def nats(
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluation.json` holds; `grid` has a row for each sampler and number of steps."""
+    """What `evaluation.json` holds; `grid` has a row for each sampler and number of steps, of grid_samples pictures."""
 
     reward_before: float
     reward_after: float
     gain: float
     gain_se: float
     ceiling: float | None
+    other_before: float | None
+    other_after: float | None
     path_kl: float
     path_kl_se: float
     diversity_before: float | None
     diversity_after: float | None
     samples: int
+    grid_samples: int
+    prompt: str
     grid: list[dict[str, Any]]
 
     def write(self, file: Path) -> None:
@@ -139,36 +143,65 @@ class Evaluation:
         part.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
         os.replace(part, file)
 
+    def summary(self) -> str:
+        """For people."""
+        first = (
+            f"reward {self.reward_before:.4g} -> {self.reward_after:.4g}, gain {self.gain:.3g} +- {self.gain_se:.2g}"
+        )
+        if self.ceiling is not None:
+            gap = self.ceiling - self.reward_before
+            first += f", {self.gain / gap:.0%} +- {self.gain_se / gap:.1%} of the way to {self.ceiling:.4g}"
+        pairs = {
+            "other reward": (self.other_before, self.other_after),
+            "diversity": (self.diversity_before, self.diversity_after),
+        }
+        return "\n".join([
+            first,
+            f"path KL {self.path_kl:.3g} +- {self.path_kl_se:.2g} nats a picture",
+            *(f"{name} {before:.4g} -> {after:.4g}" for name, (before, after) in pairs.items()
+              if before is not None and after is not None),
+        ])  # fmt: skip
+
 
 def evaluate(
     pipeline: StableDiffusionPipeline, untuned: StableDiffusionPipeline, prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward], *, samples: int, guidance: float, grid: Sequence[tuple[str, int]] = GRID,
-    headline: tuple[str, int] = ("ddim", 50), ceiling: float | None = None, batch: int = 16,
-    kl_steps: int = 50,
+    grid_samples: int | None = None, headline: tuple[str, int] = ("ddim", 50), ceiling: float | None = None,
+    batch: int = 16, kl_steps: int = 50,
 ) -> Evaluation:  # fmt: skip
-    """Before and after. The first of the rewards is the one that was trained on; `headline` is the sampler, and the
-    steps, of the figures outside the grid."""
-    cells = list(dict.fromkeys([headline, *grid]))
+    """Before and after. The first of the rewards is the one that was trained on, a second may stand beside it;
+    `headline` is the sampler, and the steps, of the figures outside the grid. The grid may have fewer samples."""
+    few = grid_samples or samples
+    cells = [(headline, samples), *((cell, few) for cell in grid)]
     rows: list[dict[str, Any]] = []
+    bar = tqdm(total=2 * sum(steps * n for (_, steps), n in cells), desc="evaluation", unit="step")
     diversity: list[float | None] = []
-    for name, steps in tqdm(cells, "evaluation"):
-        sides = [draw(p, prompts, range(samples), name, steps, guidance, batch) for p in (untuned, pipeline)]
-        row: dict[str, Any] = {"sampler": name, "steps": steps}
-        for key, reward in rewards.items():
-            before, after = (side.rewarded(reward, batch).double() for side in sides)
-            gain = Estimate.of(after - before)
-            row |= {f"{key}_before": float(before.mean()), f"{key}_after": float(after.mean()),
-                    f"{key}_gain": float(gain.mean), f"{key}_gain_se": float(gain.stderr)}  # fmt: skip
-        rows.append(row)
+    for (name, steps), n in cells:
+        sides = [draw(p, prompts, range(n), name, steps, guidance, batch) for p in (untuned, pipeline)]
+        rows.append({"sampler": name, "steps": steps, **_gains(sides, rewards, batch)})
         diversity = diversity or [side.diversity() for side in sides]  # the headline comes first
+        bar.update(2 * steps * n)
+    bar.close()
     policy, reference = (Score.of(p, guidance) for p in (pipeline, untuned))
-    trained, first = next(iter(rewards)), rows[0]
+    trained, *others = rewards
     task = problem(reference, Decoded(pipeline.vae, rewards[trained]), beta=1.0)
     kl = nats(task, policy, Prompts.encode(pipeline, prompts), samples, kl_steps, batch)
+    first, other = rows[0], others[0] if others else None
     return Evaluation(
         reward_before=first[f"{trained}_before"], reward_after=first[f"{trained}_after"],
         gain=first[f"{trained}_gain"], gain_se=first[f"{trained}_gain_se"], ceiling=ceiling,
+        other_before=first.get(f"{other}_before"), other_after=first.get(f"{other}_after"),
         path_kl=float(kl.mean), path_kl_se=float(kl.stderr), diversity_before=diversity[0],
-        diversity_after=diversity[1], samples=samples,
-        grid=[row for row, cell in zip(rows, cells, strict=True) if cell in grid],
+        diversity_after=diversity[1], samples=samples, grid_samples=few, prompt=prompts[0].text, grid=rows[1:],
     )  # fmt: skip
+
+
+def _gains(sides: Sequence[Pictures], rewards: Mapping[str, Reward], batch: int) -> dict[str, float]:
+    """Means before and after, and of the paired differences."""
+    found: dict[str, float] = {}
+    for key, reward in rewards.items():
+        before, after = (side.rewarded(reward, batch).double() for side in sides)
+        gain = Estimate.of(after - before)
+        found |= {f"{key}_before": float(before.mean()), f"{key}_after": float(after.mean()),
+                  f"{key}_gain": float(gain.mean), f"{key}_gain_se": float(gain.stderr)}  # fmt: skip
+    return found

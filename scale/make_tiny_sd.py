@@ -131,6 +131,22 @@ def scheduler() -> PNDMScheduler:
     )  # fmt: skip
 
 
+def assembled(
+    vae: AutoencoderKL, text_encoder: CLIPTextModel, words: CLIPTokenizer, unet: UNet2DConditionModel
+) -> StableDiffusionPipeline:
+    """A pipeline of these."""
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=words, unet=unet, scheduler=scheduler(), safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def untrained() -> StableDiffusionPipeline:
+    """With the first weights."""
+    words = tokenizer()
+    return assembled(autoencoder(), text_encoder(len(words)), words, unet())
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -257,11 +273,7 @@ def main(recipe: Recipe) -> None:
     parts = nn.ModuleDict({"unet": unet(), "text_encoder": text_encoder(len(words))})
     parts = train_unet(latents, tokens, empty, parts, recipe, rng)
     unet_seconds = time.perf_counter()
-    pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=parts["text_encoder"], tokenizer=words, unet=parts["unet"], scheduler=scheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-    save(pipeline, recipe.out)
+    save(assembled(vae, parts["text_encoder"], words, parts["unet"]), recipe.out)
     loaded = load(str(recipe.out))
     report = {
         "recipe": {k: v for k, v in asdict(recipe).items() if k != "out"},

@@ -1,6 +1,7 @@
 """Where prompts come from: `read("prompts.csv")`.
 
-a name       animals, shapes (those the embedded model has seen), shapes-held-out (compositions that it has not)
+a name       animals; shapes, which the embedded model has seen; shapes-held-out, compositions that it has not; and
+             shapes-new, the same compositions in other words, to train on
 NAME.txt     one prompt a line
 NAME.csv     a column `prompt`; the other columns are metadata
 NAME.jsonl   an object a line with a field `prompt`; the other fields are metadata
@@ -12,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,20 @@ def _shapes(held_out: bool) -> list[Prompt]:
     return [Prompt(str(scene)) for scene in shapes.one_object(held_out)]
 
 
+def _shapes_new() -> list[Prompt]:
+    """The compositions held out, each with a size or a place: none of `shapes-held-out` is among them."""
+    scenes = [
+        replace(scene, objects=(replace(item, **{name: value}),))
+        for scene in shapes.one_object(True) for item in scene.objects
+        for name, values in (("size", shapes.SIZES), ("place", shapes.PLACES)) for value in values
+    ]  # fmt: skip
+    return [Prompt(str(scene)) for scene in scenes]
+
+
 NAMES: dict[str, Callable[[], list[Prompt]]] = {
     "animals": _animals,
     "shapes": lambda: _shapes(False),
+    "shapes-new": _shapes_new,
     "shapes-held-out": lambda: _shapes(True),
 }
 

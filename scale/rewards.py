@@ -3,7 +3,8 @@
     images: (n, 3, H, W) in [0, 1], float32; prompts: n strings; metadata: n dictionaries, empty where there are none.
 
 `reward_of` reads what a user writes: a name, `name=model` for another model than the usual one, `module:function`, and
-weighted sums of these, such as "pickscore + 0.1 * jpeg-compressibility". A larger number is better.
+weighted sums of these, such as "pickscore + 0.1 * jpeg-compressibility". A larger number is better. A reward may say
+`differentiable = True`, if its gradient reaches the images, and `ceiling(prompts)`, the most that can be had.
 """
 
 from __future__ import annotations
@@ -30,6 +31,12 @@ from scale.prompts import Prompt
 
 Metadata = Sequence[dict[str, Any]]
 Reward = Callable[[Tensor, list[str], Metadata], Tensor]
+
+
+def ceiling_of(reward: Reward, prompts: Sequence[Prompt]) -> float | None:
+    """The most that can be had on these prompts, if the reward knows: reward.ceiling(texts)."""
+    known = getattr(reward, "ceiling", None)
+    return None if known is None else float(known([p.text for p in prompts]))
 
 
 def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -81,6 +88,7 @@ class ClipScore(nn.Module):
     middle cut out, mean and standard deviation of CLIP's own data.
     """
 
+    differentiable = True
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, model: str, scaled: bool = False) -> None:
@@ -151,6 +159,7 @@ NAMES: dict[str, Callable[[str | None], Reward]] = {
     "pickscore": pickscore,
     "imagereward": image_reward,
     "following": _fixed(shapes.following),
+    "following-soft": _fixed(shapes.following_soft),
 }
 
 
@@ -162,6 +171,11 @@ class Weighted:
     """A sum of rewards."""
 
     parts: tuple[tuple[float, Reward], ...]
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether all of them are."""
+        return all(getattr(reward, "differentiable", False) for _, reward in self.parts)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         total = images.new_zeros(len(images), dtype=torch.float32)

@@ -20,7 +20,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SIDE = 32
 COLOURS = {
@@ -167,7 +167,7 @@ def _render(scene: Scene, chance: list[list[float]]) -> Tensor:
     return picture
 
 
-def coverage(shape: str, radius: float, centre: tuple[float, float]) -> Tensor:
+def coverage(shape: str, radius: float | Tensor, centre: tuple[float | Tensor, float | Tensor]) -> Tensor:
     """How much of each pixel a shape covers, (32, 32)."""
     x, y = _pixels()
     return (0.5 - radius * SHAPES[shape]((x - centre[0]) / radius, (y - centre[1]) / radius)).clamp(0, 1)
@@ -186,6 +186,11 @@ def ground_of(scene: Scene) -> Tensor:
 
 # judging
 
+LEAST = 20
+"""Pixels of a colour below which there is no object."""
+BLUR = 0.02
+"""Squared distance in colour over which a soft mask fades; the palette's colours are 0.1 and more apart."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -193,64 +198,83 @@ class Verdict:
 
     Attributes:
         cover: how well the requested shape covers the pixels of the requested colour, intersection over union, in
-            [0, 1], mean over objects.
-        ground: how much of the rest has the requested ground's colour, in [0, 1].
+            [0, 1], mean over objects, ().
+        ground: how much of the rest has the requested ground's colour, in [0, 1], ().
         right: every object's colour is there, its best cover is by the requested shape, and most of the rest is ground.
     """
 
-    cover: float
-    ground: float
+    cover: Tensor
+    ground: Tensor
     right: bool
 
+    @property
+    def score(self) -> Tensor:
+        """In [0, 1]: three parts the cover, one part the ground."""
+        return 0.75 * self.cover + 0.25 * self.ground
 
-def judge(image: Tensor, scene: Scene) -> Verdict:
-    """Look at one picture, (3, 32, 32)."""
+
+def judge(image: Tensor, scene: Scene, soft: bool = False) -> Verdict:
+    """Look at one picture, (3, 32, 32). soft: each pixel is shared among colours that are near, instead of having the
+    nearest, so that the verdict has a gradient; it is never right, then."""
     if image.shape != (3, SIDE, SIDE):
         raise ValueError(f"following judges pictures of shape (3, {SIDE}, {SIDE}), got {tuple(image.shape)}")
-    colours, grounds = _nearest(image)
-    covers, found, objects = [], True, torch.zeros(SIDE, SIDE, dtype=torch.bool)
+    colours, grounds = _shares(image, soft)
+    covers, right, rest = [], not soft, torch.ones(SIDE, SIDE)
     for i, item in enumerate(scene.objects):
-        mask = colours == list(COLOURS).index(item.colour)
+        mask = colours[list(COLOURS).index(item.colour)]
         if len(scene.objects) == 2:  # each has its half
-            mask = mask & ((_pixels()[0] < 0) == (i == 0))
-        objects |= mask
-        fits = {shape: _fit(mask, shape) for shape in SHAPES}
-        covers.append(fits[item.shape])
-        found &= fits[item.shape] > 0 and max(fits, key=lambda shape: fits[shape]) == item.shape
-    rest = ~objects
-    ground = float((grounds == list(GROUNDS).index(scene.ground))[rest].float().mean()) if bool(rest.any()) else 0.0
-    return Verdict(sum(covers) / len(covers), ground, found and ground > 0.5)
+            mask = mask * ((_pixels()[0] < 0) == (i == 0))
+        rest = rest - mask
+        covers.append(_fit(mask, item.shape, soft))
+        if right:
+            fits = {shape: float(_fit(mask, shape)) for shape in SHAPES}
+            right = fits[item.shape] > 0 and max(fits, key=lambda shape: fits[shape]) == item.shape
+    ground = (rest * grounds[list(GROUNDS).index(scene.ground)]).sum() / rest.sum().clamp(min=1)
+    return Verdict(sum(covers) / len(covers), ground, right and float(ground) > 0.5)  # type: ignore[arg-type]
 
 
-def following(images: Tensor, prompts: Sequence[str], metadata: Any = None) -> Tensor:
-    """How well each picture follows its prompt, (n,) in [0, 1]: three parts the cover, one part the ground."""
-    verdicts = [judge(image, parse(prompt)) for image, prompt in zip(images.float().cpu(), prompts, strict=True)]
-    return torch.tensor([0.75 * v.cover + 0.25 * v.ground for v in verdicts])
+class Following:
+    """How well each picture follows its prompt, (n,) in [0, 1]; the soft one has a gradient."""
+
+    def __init__(self, soft: bool = False) -> None:
+        self.differentiable = soft
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], metadata: Any = None) -> Tensor:
+        pairs = zip(images.float().cpu(), prompts, strict=True)
+        scores = [judge(image, parse(prompt), self.differentiable).score for image, prompt in pairs]
+        return torch.stack(scores).to(images.device)
+
+    def ceiling(self, prompts: Sequence[str], n: int = 512) -> float:
+        """That of pictures which were drawn as they should be."""
+        asked = [prompts[i % len(prompts)] for i in range(n)]
+        return float(self(render([parse(p) for p in asked], torch.Generator().manual_seed(0)), asked).mean())
 
 
-def _nearest(image: Tensor) -> tuple[Tensor, Tensor]:
-    """For each pixel the number of its object colour, and of its ground; -1 where it is nearer to the other kind."""
+following, following_soft = Following(), Following(soft=True)
+
+
+def _shares(image: Tensor, soft: bool) -> tuple[Tensor, Tensor]:
+    """How much of each pixel has each object colour, (6, 32, 32), and each ground, (3, 32, 32)."""
     palette = torch.tensor([*COLOURS.values(), *GROUNDS.values(), *TONES.values()])
-    which = (image[None] - palette[:, :, None, None]).square().sum(1).argmin(0)
-    n = len(COLOURS)
-    kinds = torch.tensor([-1] * n + 2 * [*range(len(GROUNDS))])
-    return torch.where(which < n, which, -1), kinds[which]
+    far = (image[None] - palette[:, :, None, None]).square().sum(1)
+    if soft:
+        share = torch.softmax(-far / BLUR, 0)
+    else:
+        share = nn.functional.one_hot(far.argmin(0), len(palette)).permute(2, 0, 1).float()
+    colours, plain, toned = share.split([len(COLOURS), len(GROUNDS), len(GROUNDS)])
+    return colours, plain + toned
 
 
-LEAST = 20
-"""Pixels of a colour below which there is no object."""
-
-
-def _fit(mask: Tensor, shape: str) -> float:
-    """Intersection over union of the mask with the shape put where the mask is, as large as the mask."""
-    area = float(mask.sum())
-    if area < LEAST:
-        return 0.0
+def _fit(mask: Tensor, shape: str, soft: bool = False) -> Tensor:
+    """Intersection over union of the mask with the shape put where the mask is, as large as the mask, ()."""
+    area = mask.sum()
+    if area < LEAST and not soft:
+        return torch.zeros(())
     x, y = _pixels()
     unit = coverage(shape, 10.0, (0.0, 0.0))
     lift = float((unit * y).sum() / unit.sum()) / 10  # a triangle's centroid is not its centre
-    radius = 10 * math.sqrt(area / float(unit.sum()))
-    centre = float(x[mask].mean()), float(y[mask].mean()) - lift * radius
-    cover = coverage(shape, radius, centre)
-    both = float(cover[mask].sum())
-    return both / (area + float(cover.sum()) - both)
+    radius = 10 * (area.clamp(min=LEAST) / unit.sum()).sqrt()
+    share = mask / area.clamp(min=1e-6)
+    cover = coverage(shape, radius, ((share * x).sum(), (share * y).sum() - lift * radius))
+    both = (cover * mask).sum()
+    return both / (area + cover.sum() - both)

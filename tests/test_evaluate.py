@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from ctrl import Noise
 from ctrl.noise import INITIAL
 from scale.evaluate import SEED, Pictures, draw, evaluate
-from scale.make_tiny_sd import autoencoder, scheduler, text_encoder, tokenizer, unet
+from scale.make_tiny_sd import unet, untrained
 from scale.prompts import Prompt
 
 PROMPTS = [Prompt("a red circle on a white ground", {"weight": 2.0}), Prompt("a blue cross on a black ground")]
@@ -29,11 +29,7 @@ def pipeline():
     """The embedded model's parts, untrained, and not zero where training would have moved them."""
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
-    words = tokenizer()
-    parts = {"vae": autoencoder(), "text_encoder": text_encoder(len(words)), "tokenizer": words, "unet": unet()}
-    found = StableDiffusionPipeline(
-        **parts, scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
+    found = untrained()
     found.set_progress_bar_config(disable=True)
     return found
 

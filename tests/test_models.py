@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
-from scale.make_tiny_sd import WORDS, autoencoder, scheduler, text_encoder, tokenizer, unet
+from scale.make_tiny_sd import WORDS, unet, untrained
 from scale.models import load
 
 
@@ -16,13 +15,8 @@ from scale.models import load
 def whole(tmp_path_factory) -> Path:
     """The embedded model's parts, untrained."""
     torch.manual_seed(0)
-    words = tokenizer()
-    parts = {"vae": autoencoder(), "text_encoder": text_encoder(len(words)), "tokenizer": words, "unet": unet()}
-    pipeline = StableDiffusionPipeline(
-        **parts, scheduler=scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
     path = tmp_path_factory.mktemp("models") / "whole"
-    pipeline.to(torch.float16).save_pretrained(path)
+    untrained().to(torch.float16).save_pretrained(path)
     return path
 
 

@@ -75,3 +75,5 @@ class AdjointMatching(Algorithm):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         check_price(problem)
+        if not getattr(problem.reward, "differentiable", True):
+            raise ValueError("reward must be differentiable for AdjointMatching: a black box needs ActorCritic")

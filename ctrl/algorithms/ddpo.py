@@ -5,7 +5,7 @@ The chain is the solver's, x_{k+1} ~ N(m_theta(x_k), S_k), and an epoch's transi
     loss = cost - min(rho A, clip(rho, 1 - clip, 1 + clip) A),   rho = p_theta(x_{k+1} | x_k) / p_old(x_{k+1} | x_k).
 
 The cost of a step is the left sum of c, for score as action beta times Girsanov's KL with the exact integral of g²; or
-beta times the KL of the chain's own transitions. A is the return to go less its mean over the samples at this step.
+beta times the KL of the chain's own transitions. A is the return to go less its mean over other samples at this step.
 Only baselines are subtracted: dividing A by its standard deviation, as the public codes do, multiplies beta by it.
 """
 
@@ -38,6 +38,8 @@ class DDPO(Algorithm):
         mean_over_dimensions: the public codes' option: the mean of the log-density over dimensions in place of the
             sum, which turns the ratio into its D-th root.
         chain_kl: the KL of the chain's own transitions in place of Girsanov's.
+        group: the baseline is the mean over this many samples with ids in a row, which may share a condition; 0 takes
+            all of an epoch's.
     """
 
     passes: int = 2
@@ -45,6 +47,7 @@ class DDPO(Algorithm):
     clip: float = 0.2
     mean_over_dimensions: bool = False
     chain_kl: bool = False
+    group: int = 0
 
     def learn(self, run: Run) -> None:
         run.lay_actions()
@@ -61,7 +64,10 @@ class DDPO(Algorithm):
         assert path.reward is not None
         decay = torch.exp(-run.problem.discount * path.t[-1]).to(path.x)
         gain = decay * path.reward - cost.view(steps, -1).flip(0).cumsum(0).flip(0)
-        batch.lay("advantage", gain - run.mean_over_samples(gain)[:, None])
+        samples = run.settings.samples
+        if (group := self.group or samples) < 2 or samples % group:
+            raise ValueError(f"group must be at least 2 and divide the {samples} samples of an epoch, got {group}")
+        batch.lay("advantage", gain - run.mean_over_others(gain, group))
         for nodes in run.deal(self.passes * -(-steps * run.replay.samples // self.nodes), self.nodes, last=steps - 1):
             run.update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes)
 

@@ -1,0 +1,635 @@
+"""Fine-tune Stable Diffusion 1.x or 2.x on a reward: reinforcement learning in continuous time, by `ctrl.fit`.
+
+    python scale/sd15.py                                      SD v1.5 where there is CUDA, else the small embedded model
+    python scale/sd15.py --reward pickscore --prompts my.txt --kl 20
+    python scale/sd15.py --config mine.yaml --dry-run         what a file of settings comes to, and what it would need
+    python scale/sd15.py evaluate --run runs/sd15             what a run gained, by other samplers, steps, prompts
+    python scale/sd15.py sample --run runs/sd15 --prompts "a fox"
+    accelerate launch scale/sd15.py ...                       the same on many devices
+
+A run leaves in OUT: config.json, metrics.jsonl, tensorboard's events, checkpoints (`--resume` goes on from the last),
+pictures on the same noise over training, evaluation.json, report.html, and pipeline/, which diffusers loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+import yaml
+from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload, init_empty_weights
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+
+from ctrl import DDIM, Exponential, Heun, Multistep2, NetworkCritic, Solver, StructuredCritic, grids
+from ctrl.algorithms import (
+    DDPO,
+    ActorCritic,
+    AdjointMatching,
+    Algorithm,
+    KLBudget,
+    PathConsistency,
+    PolicyIteration,
+    PPOClip,
+    PPOPenalty,
+)
+from ctrl.fit import Run, fit
+from ctrl.fit import Settings as FitSettings
+from ctrl.problem import ScoreAsAction
+from ctrl.value import Critic
+from scale import models, report
+from scale import prompts as prompt_lists
+from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
+from scale.evaluate import Evaluation, draw, evaluate
+from scale.prompts import Prompt
+from scale.rewards import Reward, ceiling_of, reward_of
+from scale.samplers import BlackBox, sampler
+
+ASSETS = Path(__file__).with_name("assets")
+EMBEDDED = ASSETS / "tiny-sd.yaml"
+"""Settings for the embedded model, which is trained where there is no CUDA."""
+ALGORITHMS: dict[str, type[Algorithm]] = {
+    "actor-critic": ActorCritic, "ddpo": DDPO, "ppo": PPOPenalty, "ppo-clip": PPOClip,
+    "path-consistency": PathConsistency, "policy-iteration": PolicyIteration, "adjoint-matching": AdjointMatching,
+}  # fmt: skip
+SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
+BOXED = "diffusers/"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, on what, and how. The defaults are for Stable Diffusion v1.5 on one GPU."""
+
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x or 2.x."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Which weight files, such as fp16; they are trained in float32 all the same."""
+
+    reward: str = "pickscore"
+    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following (the
+    embedded model's pictures), NAME=MODEL for another model, module:function of yours, or "A + 0.1 * B"."""
+    other_reward: str | None = "clip-score"
+    """A second one, looked at in the evaluation and not trained on: it shows what the first one cost."""
+    reward_python: str | None = None
+    """Another environment's interpreter, for a reward whose packages do not get along with these."""
+    prompts: str = "animals"
+    """Trained on: a list (animals, shapes, shapes-new, shapes-held-out), a .txt, .csv or .jsonl file, or one prompt."""
+    eval_prompts: str | None = None
+    """Evaluated on; by default those trained on."""
+
+    algorithm: str = "actor-critic"
+    """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, adjoint-matching (differentiable rewards), or
+    the discrete-time ddpo."""
+    options: dict[str, float] = field(default_factory=dict)
+    """The algorithm's own, by the names in ctrl/algorithms, such as `--options nodes 64 keep 4`."""
+    critic: Literal["structured", "network"] = "structured"
+    """structured: r(x0hat) plus a network (for a black box a learned stand-in for r); network: a network alone."""
+    critic_width: int = 64
+    """Channels of the critic's networks."""
+    pretrain: int = 0
+    """Epochs in which the critic alone learns, before the policy moves."""
+    beta: float = 0.1
+    """Reward that a nat of path KL to the untuned model is worth."""
+    kl: float | None = None
+    """Path KL to come to, in nats a picture: beta then adapts, from the value above."""
+
+    solver: str = "2m"
+    """How pictures are drawn in training: 2m, heun (two calls a step), ddim, exponential, or diffusers/NAME for one of
+    diffusers' own (ddim, dpmsolver++, sde-dpmsolver++, unipc, euler, heun), a black box."""
+    steps: int = 20
+    """Time steps of a picture."""
+    eta: float = 1.0
+    """Noise of the process: 1 is the reverse SDE. Deterministic diffusers samplers set it to 0."""
+    guidance: float = 5.0
+    """Classifier-free guidance, of the policy and of the untuned model alike; 1 is none, and halves the cost."""
+    jitter: float = 0.4
+    """How far times move from epoch to epoch, in steps, so that the policy is trained at all of them."""
+
+    epochs: int = 100
+    """Of one collection of pictures and one round of learning each."""
+    samples: int = 64
+    """Pictures an epoch, over all processes."""
+    in_a_row: int = 1
+    """Pictures of one prompt before the next one comes; ddpo takes their mean for its baseline, with `--options group`.
+    """
+    lora: int = 0
+    """Rank of low-rank adapters on the attention layers; 0 trains every weight of the UNet."""
+    lr: float = 1e-5
+    """Learning rate of the UNet (Adam's)."""
+    critic_lr: float = 1e-3
+    """Learning rate of the critic."""
+    ema: float = 0.0
+    """Decay an update of the averaged UNet, which then is what is evaluated and kept; 0 keeps none."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Of the networks' arithmetic; weights, log-densities and KL are float32 in any case."""
+    gradient_checkpointing: bool = False
+    """Less memory, a third more time."""
+    eight_bit: bool = False
+    """Adam's moments in 8 bits (bitsandbytes)."""
+    offload_reference: bool = False
+    """The untuned UNet's weights stay in host memory and are brought layer by layer."""
+    batch: int = 8
+    """Pictures drawn, and nodes evaluated, at a time on a device."""
+    micro_batch: int = 4
+    """Nodes in one backward pass on a device; memory and speed depend on it, nothing else."""
+
+    seed: int = 0
+    """Of everything that is drawn."""
+    out: Path = Path("runs/sd15")
+    """The run's folder."""
+    resume: bool = False
+    """Go on from the run's last checkpoint, with the same settings."""
+    checkpoint_every: int = 10
+    """Epochs."""
+    pictures_every: int = 10
+    """Epochs between grids of pictures, always from the same noise; 0 draws none."""
+    log_with: Literal["tensorboard", "wandb", "none"] = "tensorboard"
+    """Where metrics and pictures go besides the folder."""
+    eval_samples: int = 128
+    """Pictures for each figure of the headline of the evaluation."""
+    eval_headline: int = 50
+    """Steps of DDIM for these, and of Heun for the path KL."""
+    eval_samplers: tuple[str, ...] = ("ddim", "dpmsolver++", "unipc", "euler")
+    """The evaluation's grid: these samplers ..."""
+    eval_steps: tuple[int, ...] = (10, 25, 50, 100)
+    """... at these numbers of steps; none leaves the grid out."""
+    eval_grid_samples: int = 32
+    """Pictures for each figure in the grid."""
+    dry_run: bool = False
+    """Only print these settings, and what they would need."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))
+        for name, values in {"algorithm": ALGORITHMS, "solver": SOLVERS}.items():
+            value = getattr(self, name)
+            if value not in values and not (name == "solver" and value.startswith(BOXED)):
+                raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
+        if self.precision not in ("no", "bf16", "fp16"):
+            raise ValueError(f"precision must be no, bf16 or fp16, got {self.precision!r}")
+        if not self.guidance >= 1:
+            raise ValueError(f"guidance must be >= 1 (1 is none), got {self.guidance}")
+        if self.steps < 2:
+            raise ValueError(f"steps must be >= 2: one step is no path to learn from, got {self.steps}")
+        if not (self.lora >= 0 and self.pretrain >= 0 and self.pictures_every >= 0):
+            raise ValueError("lora, pretrain and pictures_every must be >= 0")
+        if not self.beta > 0:
+            raise ValueError(f"beta must be > 0, or the policy forgets the model it came from; got {self.beta}")
+        if self.kl is not None and not self.kl > 0:
+            raise ValueError(f"kl must be > 0 nats, got {self.kl}")
+        if self.eval_samples < 2 or self.eval_grid_samples < 2:
+            raise ValueError("eval_samples and eval_grid_samples must be >= 2, for a standard error")
+
+    @staticmethod
+    def read(file: Path) -> Settings:
+        """From YAML or JSON; what the file leaves out is as above."""
+        if not file.is_file():
+            raise ValueError(f"config: there is no file {file}")
+        try:
+            given = yaml.safe_load(file.read_text())  # JSON is YAML
+        except yaml.YAMLError as wrong:
+            raise ValueError(f"config: {file} is neither YAML nor JSON: {wrong}") from wrong
+        names = {f.name for f in dataclasses.fields(Settings)}
+        if not isinstance(given, dict) or (unknown := given.keys() - names):
+            raise ValueError(f"config: {file} must set {', '.join(sorted(names))}; got {unknown or given!r}")
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        if given.get("model") == "embedded":
+            given["model"] = str(ASSETS / "tiny-sd")
+        return Settings(**given)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON and YAML have it."""
+        return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
+                for k, v in asdict(self).items()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ the parts
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the settings name, made."""
+
+    pipeline: StableDiffusionPipeline
+    policy: Score
+    problem: ScoreAsAction
+    critic: Critic | None
+    algorithm: Algorithm
+    conditions: Prompts
+    prompts: list[Prompt]
+    eval_prompts: list[Prompt]
+    rewards: dict[str, Reward]
+    fit: FitSettings
+
+
+def algorithm_of(s: Settings, noisy: bool) -> Algorithm:
+    """By name, with its options, within a KL budget if there is one."""
+    made = ALGORITHMS[s.algorithm]()
+    for name, value in s.options.items():
+        made = changed(made, name, value)
+    if not noisy and isinstance(made, ActorCritic):
+        made = dataclasses.replace(made, nats=math.inf)  # without noise there is no KL to keep within
+    return made if s.kl is None else KLBudget(made, s.kl)
+
+
+def changed(what: Any, name: str, value: float) -> Any:
+    """A dataclass with one number changed, `part.name` for one of a part's."""
+    first, _, rest = name.partition(".")
+    known = {f.name: getattr(what, f.name) for f in dataclasses.fields(what)}
+    if rest and dataclasses.is_dataclass(known.get(first)):
+        return dataclasses.replace(what, **{first: changed(known[first], rest, value)})
+    if rest or not isinstance(known.get(name), int | float):
+        numbers = [n for n, v in known.items() if isinstance(v, int | float)]
+        raise ValueError(f"options: {type(what).__name__} has {', '.join(numbers)}, got {name!r}")
+    return dataclasses.replace(what, **{name: type(known[name])(value)})
+
+
+def solver_of(s: Settings, pipeline: StableDiffusionPipeline) -> Solver:
+    """The core's own, or one of diffusers'."""
+    if s.solver.startswith(BOXED):
+        return sampler(s.solver.removeprefix(BOXED), pipeline)
+    return SOLVERS[s.solver]()
+
+
+def optimizer_of(s: Settings) -> Callable[..., torch.optim.Optimizer]:
+    """Adam with SD's usual weight decay, in 8 bits if asked for."""
+    kind = torch.optim.AdamW
+    if s.eight_bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as missing:
+            raise ValueError("eight_bit needs bitsandbytes: pip install bitsandbytes") from missing
+    return lambda parameters, lr: kind(parameters, lr=lr, weight_decay=1e-4)
+
+
+def adapters(unet: UNet2DConditionModel, rank: int) -> None:
+    """Low-rank adapters on all attention projections (Hu et al. 2021, arXiv 2106.09685); the rest is not trained."""
+    try:
+        from peft import LoraConfig
+    except ImportError as missing:
+        raise ValueError("lora needs peft: pip install peft") from missing
+    unet.requires_grad_(False)
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
+
+
+def critic_of(s: Settings, task: ScoreAsAction, width: int, differentiable: bool) -> Critic:
+    """V from latents, times and prompts; with a black box the structured one learns what to put in its skip."""
+    channels = task.shape[0]
+    network = Value(channels, width, s.critic_width)
+    if s.critic == "network":
+        return NetworkCritic(task, network)
+    return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width, s.critic_width))
+
+
+def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
+    """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
+    prompts = prompt_lists.read(s.prompts)
+    eval_prompts = prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
+    optimizer = optimizer_of(s)
+    algorithm_of(s, True)
+    rewards = {"reward": reward or reward_of(s.reward, s.reward_python)}
+    if s.other_reward is not None:
+        rewards["other"] = reward_of(s.other_reward, s.reward_python)
+    pipeline = models.load(s.model, s.revision, s.variant)
+    if s.steps > len(pipeline.scheduler.betas):
+        raise ValueError(f"steps must be at most the model's {len(pipeline.scheduler.betas)} timesteps, got {s.steps}")
+    solver = solver_of(s, pipeline)
+    box = solver if isinstance(solver, BlackBox) else None
+    eta = s.eta if box is None or box.noisy else 0.0
+    algorithm = algorithm_of(s, eta > 0)
+    pipeline.vae.requires_grad_(False)
+    pipeline.text_encoder.requires_grad_(False)
+    pipeline.to(accelerator.device)
+    if s.lora:
+        adapters(pipeline.unet, s.lora)
+    if s.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    policy = Score.of(pipeline, s.guidance)
+    reference = policy.frozen()
+    if s.offload_reference and not s.lora:
+        cpu_offload(reference.unet, execution_device=accelerator.device)
+    differentiable = bool(getattr(rewards["reward"], "differentiable", False))
+    judged = Decoded(pipeline.vae, rewards["reward"], differentiable=differentiable, chunk=s.batch)
+    task = problem(reference, judged, beta=s.beta, eta=eta)
+    conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
+    torch.manual_seed(s.seed)  # of the critic's first weights
+    critic = None if algorithm_is(algorithm, DDPO, AdjointMatching) else critic_of(
+        s, task, conditions.width, differentiable
+    )  # fmt: skip
+    settings = FitSettings(
+        epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else grids.natural,
+        jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, optimizer=optimizer, ema=s.ema, batch=s.batch,
+        micro_batch=s.micro_batch, seed=s.seed, out=s.out, checkpoint_every=s.checkpoint_every,
+    )  # fmt: skip
+    algorithm.check(task, solver, critic)
+    return Task(pipeline, policy, task, critic, algorithm, conditions, prompts, eval_prompts, rewards, settings)
+
+
+def algorithm_is(algorithm: Algorithm, *kinds: type[Algorithm]) -> bool:
+    """Whether it is one of these, within a budget or not."""
+    return isinstance(algorithm.algorithm if isinstance(algorithm, KLBudget) else algorithm, kinds)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves, in Python; `evaluation` is of the main process alone."""
+
+    pipeline: StableDiffusionPipeline
+    evaluation: Evaluation | None
+    history: list[dict[str, Any]]
+    out: Path
+
+
+def train(settings: Settings, reward: Reward | None = None) -> Outcome:
+    """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
+    s = settings
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
+    accelerator = Accelerator(
+        mixed_precision=s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
+        kwargs_handlers=[patience],
+    )  # fmt: skip
+    task = assemble(s, reward, accelerator)
+    say = print if accelerator.is_main_process else lambda *words: None
+    say(described(s, task))
+    if accelerator.is_main_process:
+        s.out.mkdir(parents=True, exist_ok=True)
+        (s.out / "config.json").write_text(json.dumps(s.plain(), indent=2) + "\n")
+    if s.log_with != "none":
+        accelerator.init_trackers("sd15", {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
+    if s.pretrain:
+        pretrain(s, task, accelerator)
+    result = fit(
+        task.problem, task.policy, task.algorithm, critic=task.critic, conditions=task.conditions, settings=task.fit,
+        callbacks=[Watch(s, task, accelerator)], resume=s.resume, accelerator=accelerator,
+    )  # fmt: skip
+    if result.ema is not None:
+        task.policy.load_state_dict(result.ema.state_dict())
+    found = None
+    if accelerator.is_main_process:
+        found = finish(s, task, result.history)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return Outcome(task.pipeline, found, result.history, s.out)
+
+
+def pretrain(s: Settings, task: Task, accelerator: Accelerator) -> None:
+    """The critic regresses on the rewards of the untuned model's pictures: Monte Carlo, nothing else moves."""
+    alone = ActorCritic(actor_updates=0, trace=0.0, nats=math.inf)
+    settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
+    fit(
+        task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
+        resume=s.resume, accelerator=accelerator,
+    )  # fmt: skip
+
+
+def described(s: Settings, task: Task) -> str:
+    """Which model is trained, and why that one."""
+    unet = task.pipeline.unet
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    why = " (there is no CUDA; --model names another)" if s.model == str(ASSETS / "tiny-sd") else ""
+    return (
+        f"model: {s.model}{why}\n{trained / 1e6:.2f} M of the UNet's {unet.num_parameters() / 1e6:.2f} M parameters, "
+        f"by {s.algorithm} on {s.reward}, {len(task.prompts)} prompts; pictures in {s.out}"
+    )
+
+
+class Watch:
+    """After every epoch: metrics to the trackers, and now and then a grid of pictures."""
+
+    SHOWN, STEPS = 16, 25
+
+    def __init__(self, s: Settings, task: Task, accelerator: Accelerator) -> None:
+        self.s, self.task, self.accelerator = s, task, accelerator
+        if s.pictures_every and accelerator.is_main_process and not (s.out / "pictures").exists():
+            self.show(0)
+
+    def __call__(self, run: Run, metrics: dict[str, Any]) -> None:
+        self.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+        if self.s.pictures_every and metrics["epoch"] % self.s.pictures_every == 0 and run.accelerator.is_main_process:
+            self.show(metrics["epoch"])
+
+    def show(self, epoch: int) -> None:
+        """The same prompts and noise every time."""
+        drawn = draw(self.task.pipeline, self.task.eval_prompts, range(self.SHOWN), "dpmsolver++", self.STEPS,
+                     self.s.guidance, self.s.batch)  # fmt: skip
+        grid = report.grid(drawn.images)
+        report.keep(grid, self.s.out / "pictures" / f"epoch-{epoch:06d}.png")
+        if self.s.log_with != "none":
+            options = {"dataformats": "NHWC"} if self.s.log_with == "tensorboard" else {}
+            tracker = self.accelerator.get_tracker(self.s.log_with)
+            tracker.log_images({"pictures": report.array(grid)[None]}, step=epoch, **options)
+
+
+def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation:
+    """Evaluate against the untuned model, keep the pipeline, and tell the story."""
+    untuned = models.load(s.model, s.revision, s.variant).to(task.pipeline.unet.device)
+    found = judged(s, task.pipeline, untuned, task.eval_prompts, task.rewards)
+    found.write(s.out / "evaluation.json")
+    report.save(s, task.pipeline, found)
+    sides = [
+        draw(p, task.eval_prompts, range(Watch.SHOWN), "dpmsolver++", Watch.STEPS, s.guidance, s.batch)
+        for p in (untuned, task.pipeline)
+    ]
+    report.html(s.out / "report.html", s.plain(), history, found, sides)
+    print(found.summary(), f"-> {s.out / 'report.html'}, {s.out / 'pipeline'}", sep="\n")
+    return found
+
+
+def judged(
+    s: Settings, pipeline: StableDiffusionPipeline, untuned: StableDiffusionPipeline, prompts: Sequence[Prompt],
+    rewards: dict[str, Reward],
+) -> Evaluation:  # fmt: skip
+    """As the settings say."""
+    return evaluate(
+        pipeline, untuned, prompts, rewards, samples=s.eval_samples, guidance=s.guidance,
+        grid=tuple(product(s.eval_samplers, s.eval_steps)), grid_samples=s.eval_grid_samples,
+        headline=("ddim", s.eval_headline), kl_steps=s.eval_headline,
+        ceiling=ceiling_of(rewards["reward"], prompts), batch=s.batch,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ what it would need
+
+
+def needs(s: Settings) -> str:
+    """Memory of what is kept for every weight, and network calls, from the model's config alone."""
+    with init_empty_weights():
+        config = UNet2DConditionModel.load_config(s.model, subfolder="unet", revision=s.revision)
+        unet = UNet2DConditionModel.from_config(config)
+        if s.lora:
+            adapters(unet, s.lora)
+    weights = unet.num_parameters()
+    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    bytes_of = {
+        "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
+        "untuned weights": 0 if s.lora or s.offload_reference else 4 * weights, "average": 4 * weights if s.ema else 0,
+    }  # fmt: skip
+    memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in bytes_of.items() if size)
+    solver = SOLVERS.get(s.solver, Exponential)()
+    doubled = 2 if s.guidance > 1 else 1
+    calls = s.samples * s.steps * solver.calls * doubled
+    return (
+        f"memory: {memory}; {sum(bytes_of.values()) / 2**30:.2f} GiB, and activations of {s.micro_batch} nodes\n"
+        f"an epoch: {s.samples} pictures, {calls} evaluations of the UNet to draw them; {s.epochs} epochs, "
+        f"{s.epochs * s.samples} pictures"
+    )
+
+
+# ------------------------------------------------------------------------------------------ after training
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What a run gained, against the model it began with. Leave out to keep what the run was made with."""
+
+    run: Path
+    """The run's folder."""
+    reward: str | None = None
+    """As in training."""
+    other_reward: str | None = None
+    """A second one."""
+    prompts: str | None = None
+    """List, file or prompt."""
+    samples: int | None = None
+    """Pictures for each figure of the headline."""
+    grid_samples: int | None = None
+    """Pictures for each figure in the grid."""
+    samplers: tuple[str, ...] | None = None
+    """Of the grid."""
+    steps: tuple[int, ...] | None = None
+    """Of the grid."""
+    guidance: float | None = None
+    """Classifier-free guidance."""
+    out: Path | None = None
+    """Where evaluation.json goes; by default the run's folder."""
+
+
+def tuned(run: Path) -> tuple[Settings, StableDiffusionPipeline]:
+    """A run's settings and its pipeline, loaded by diffusers alone."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"run: {run} has no config.json: is it the folder of a run?")
+    s = Settings.read(run / "config.json")
+    if (run / "pipeline").is_dir():
+        return s, models.load(str(run / "pipeline"))
+    if not (run / "lora").is_dir():
+        raise ValueError(f"run: {run} has no pipeline yet: let the training end, with --resume")
+    pipeline = models.load(s.model, s.revision, s.variant)
+    pipeline.load_lora_weights(run / "lora")
+    return s, pipeline
+
+
+def evaluate_run(e: Evaluate) -> Evaluation:
+    """Write evaluation.json anew."""
+    s, pipeline = tuned(e.run)
+    changes = {
+        "reward": e.reward, "other_reward": e.other_reward, "eval_prompts": e.prompts, "eval_samples": e.samples,
+        "eval_grid_samples": e.grid_samples, "eval_samplers": e.samplers, "eval_steps": e.steps, "guidance": e.guidance,
+    }  # fmt: skip
+    s = dataclasses.replace(s, **{k: v for k, v in changes.items() if v is not None})
+    device = Accelerator().device
+    rewards = {"reward": reward_of(s.reward, s.reward_python)}
+    if s.other_reward is not None:
+        rewards["other"] = reward_of(s.other_reward, s.reward_python)
+    untuned = models.load(s.model, s.revision, s.variant)
+    found = judged(s, pipeline.to(device), untuned.to(device), prompt_lists.read(s.eval_prompts or s.prompts), rewards)
+    found.write((e.out or e.run) / "evaluation.json")
+    print(found.summary())
+    return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures from a run, or from the model it began with."""
+
+    run: Path
+    """The run's folder."""
+    prompts: str | None = None
+    """List, file or prompt; by default those of the evaluation."""
+    n: int = 16
+    """How many, prompt after prompt."""
+    sampler: str = "dpmsolver++"
+    """ddim, dpmsolver++, unipc, euler or heun."""
+    steps: int = 25
+    """Time steps."""
+    guidance: float | None = None
+    """As in training by default."""
+    seed: int = 0
+    """Of the noise."""
+    untuned: bool = False
+    """Of the model before."""
+    out: Path | None = None
+    """Where 0000.png ... and grid.png go; by default RUN/samples."""
+
+
+def sample(o: Sample) -> Path:
+    """Draw, and write one file a picture and a grid."""
+    s, pipeline = tuned(o.run)
+    pipeline = models.load(s.model, s.revision, s.variant) if o.untuned else pipeline
+    prompts = prompt_lists.read(o.prompts or s.eval_prompts or s.prompts)
+    guidance = s.guidance if o.guidance is None else o.guidance
+    drawn = draw(pipeline.to(Accelerator().device), prompts, range(o.n), o.sampler, o.steps, guidance, s.batch, o.seed)
+    out = o.out or o.run / "samples"
+    for i, image in enumerate(drawn.images):
+        report.keep(report.picture(image), out / f"{i:04d}.png")
+    report.keep(report.grid(drawn.images), out / "grid.png")
+    print(f"{o.n} pictures in {out}")
+    return out
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+def settings_of(arguments: list[str]) -> Settings:
+    """From the command line, over a file (`--config`), over what suits the machine."""
+    file = None
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("config must name a file")
+        file = Path(arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    elif not torch.cuda.is_available() and not any(word.partition("=")[0] == "--model" for word in arguments):
+        file = EMBEDDED
+    default = Settings() if file is None else Settings.read(file)
+    return tyro.cli(Settings, args=arguments, default=default, description=__doc__)
+
+
+def main(arguments: list[str]) -> None:
+    """train (which may be left out), evaluate, sample."""
+    command, *rest = arguments if arguments[:1] and arguments[0] in ("train", "evaluate", "sample") else (
+        "train", *arguments
+    )  # fmt: skip
+    if command == "evaluate":
+        evaluate_run(tyro.cli(Evaluate, args=rest))
+    elif command == "sample":
+        sample(tyro.cli(Sample, args=rest))
+    elif (s := settings_of(rest)).dry_run:
+        print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+    else:
+        train(s)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as wrong:
+        if os.environ.get("DEBUG"):
+            raise
+        sys.exit(str(wrong))

@@ -1,0 +1,240 @@
+"""scale/sd15.py: a run from its command to a pipeline that diffusers loads, and what it refuses."""
+
+import dataclasses
+import html.parser
+import json
+
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+from ctrl.algorithms import KLBudget
+from scale import sd15
+from scale.evaluate import draw
+from scale.make_tiny_sd import untrained
+from scale.prompts import Prompt, read
+from scale.sd15 import EMBEDDED, Evaluate, Sample, Settings, evaluate_run, main, needs, sample, settings_of, train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The embedded model's parts, untrained, as files in half precision."""
+    path = tmp_path_factory.mktemp("sd15") / "model"
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    untrained().to(torch.float16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """And accelerate, which has one precision a process, begins anew."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def short(folder, out, **changes):
+    """Two epochs of four pictures."""
+    plain = {
+        "model": str(folder), "reward": "following-soft", "other_reward": "jpeg-compressibility",
+        "prompts": "shapes-new", "eval_prompts": "shapes-held-out", "epochs": 2, "samples": 4, "steps": 3,
+        "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": out, "eval_samples": 4,
+        "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,), "critic_width": 8, "pictures_every": 1,
+        "options": {"nodes": 8, "critic_updates": 1, "actor_updates": 1},
+    }  # fmt: skip
+    return Settings(**{**plain, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """A run, and its outcome."""
+    torch.set_default_dtype(torch.float32)
+    return train(short(model, tmp_path_factory.mktemp("runs") / "run"))
+
+
+def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
+    """By diffusers alone; and it is not the model it came from."""
+    alone = StableDiffusionPipeline.from_pretrained(run.out / "pipeline")
+    alone.set_progress_bar_config(disable=True)
+    prompts = read("shapes-held-out")
+    drawn = draw(alone, prompts, range(4), "ddim", 5, 2.0, 64)
+    again = draw(run.pipeline, prompts, range(4), "ddim", 5, 2.0, 64)
+    assert torch.equal(drawn.images, again.images)
+    found = json.loads((run.out / "evaluation.json").read_text())
+    rewarded = sd15.reward_of("following-soft")(drawn.images, [p.text for p in drawn.prompts], [])
+    assert found["reward_after"] == pytest.approx(float(rewarded.mean()), rel=1e-5)
+    assert found["path_kl"] > 0 and found["gain_se"] > 0 and 0.9 < found["ceiling"] < 1
+    assert [(row["sampler"], row["steps"]) for row in found["grid"]] == [("euler", 3)]
+    assert type(alone.scheduler).__name__ == "PNDMScheduler"  # the model's own
+
+
+def test_a_run_leaves_its_settings_metrics_pictures_and_events(run):
+    s = Settings.read(run.out / "config.json")
+    assert (s.options["nodes"], s.eval_samplers, s.out) == (8, ("euler",), run.out)
+    assert dataclasses.replace(s).plain() == json.loads((run.out / "config.json").read_text())
+    metrics = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
+    assert [m["trajectories"] for m in metrics] == [4, 8] and metrics == run.history
+    assert [f.name for f in sorted((run.out / "pictures").iterdir())] == [f"epoch-{n:06d}.png" for n in range(3)]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (events,) = (run.out / "sd15").glob("events.*")
+    seen = EventAccumulator(str(events)).Reload()
+    assert [e.value for e in seen.Scalars("reward")] == pytest.approx([m["reward"] for m in metrics])
+    assert len(seen.Images("pictures")) == 3
+
+
+def test_the_report_needs_no_other_file(run):
+    sources = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            sources.extend(v for k, v in attributes if k in ("src", "href"))
+
+    Reader().feed((run.out / "report.html").read_text())
+    assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
+
+
+def test_the_card_names_its_base_and_loads(run, model):
+    _, head, body = (run.out / "pipeline" / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(head)["base_model"] == str(model)
+    assert run.evaluation.summary() in body
+
+
+def test_a_run_is_evaluated_and_sampled_again(run, tmp_path):
+    again = evaluate_run(Evaluate(run.out, samples=4, out=tmp_path))
+    assert (again.gain, again.path_kl) == pytest.approx((run.evaluation.gain, run.evaluation.path_kl), rel=1e-5)
+    assert json.loads((tmp_path / "evaluation.json").read_text())["gain"] == again.gain
+    out = sample(Sample(run.out, prompts="a red circle on a white ground", n=2, steps=3))
+    assert sorted(f.name for f in out.iterdir()) == ["0000.png", "0001.png", "grid.png"]
+
+
+def test_a_stopped_run_goes_on(model, tmp_path):
+    """To the same end as one that was not stopped."""
+    whole = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1))
+    (tmp_path / "whole" / "checkpoints" / "epoch-000002").rename(tmp_path / "later")
+    with pytest.raises(ValueError, match="resume=True, or another folder"):
+        train(short(model, tmp_path / "whole", epochs=2))
+    again = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1, resume=True))
+    for p, q in zip(whole.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": {"group": 2}},
+        {"algorithm": "ppo", "options": {"updates": 1, "nodes": 8, "evaluation.critic_updates": 1}},
+        {"algorithm": "adjoint-matching", "options": {"updates": 1, "nodes": 8}},
+        {"reward": "jpeg-compressibility", "pretrain": 1},
+        {"critic": "network", "kl": 2.0},
+        {"solver": "diffusers/dpmsolver++"},
+        {"solver": "diffusers/sde-dpmsolver++"},
+        {"gradient_checkpointing": True, "ema": 0.5, "precision": "bf16"},
+        {"offload_reference": True, "log_with": "none"},
+    ],
+    ids=str,
+)
+def test_every_option_trains(model, tmp_path, changes):
+    before = StableDiffusionPipeline.from_pretrained(model).unet.state_dict()
+    found = train(short(model, tmp_path / "run", epochs=1, eval_samples=2, eval_steps=(), pictures_every=0, **changes))
+    after = found.pipeline.unet.state_dict()
+    assert any(not torch.equal(before[k].float(), v) for k, v in after.items())
+    assert found.evaluation.path_kl > 0 and found.evaluation.grid == []
+
+
+def test_adapters_alone_are_trained_and_kept(model, tmp_path):
+    pytest.importorskip("peft")
+    s = short(model, tmp_path / "run", lora=2)
+    found = train(s)
+    assert found.evaluation.path_kl > 0
+    alone = StableDiffusionPipeline.from_pretrained(model).to(torch.float32)
+    alone.set_progress_bar_config(disable=True)
+    prompts = [Prompt("a red circle on a white ground")]
+    plain = draw(alone, prompts, range(2), "ddim", 5, 2.0)
+    alone.load_lora_weights(tmp_path / "run" / "lora")
+    tuned = draw(alone, prompts, range(2), "ddim", 5, 2.0)
+    torch.testing.assert_close(tuned.images, draw(found.pipeline, prompts, range(2), "ddim", 5, 2.0).images)
+    assert not torch.allclose(plain.images, tuned.images, atol=1e-4)
+    again = evaluate_run(Evaluate(tmp_path / "run", out=tmp_path))
+    assert again.gain == pytest.approx(found.evaluation.gain, abs=1e-5)
+
+
+def test_a_reward_of_ones_own(model, tmp_path):
+    def redness(images, prompts, metadata):
+        return images[:, 0].mean((1, 2))
+
+    redness.differentiable = True
+    found = train(short(model, tmp_path / "run", epochs=1), reward=redness)
+    assert found.evaluation.ceiling is None and found.evaluation.other_before < 0
+
+
+# settings
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"algorithm": "magic"}, "algorithm must be one of actor-critic"),
+        ({"solver": "magic"}, "solver must be one of 2m|solver must be one of heun"),
+        ({"precision": "fp8"}, "precision must be"),
+        ({"guidance": 0.5}, "guidance must be >= 1"),
+        ({"steps": 1}, "steps must be >= 2"),
+        ({"steps": 1001}, "steps must be at most the model's 1000"),
+        ({"beta": 0.0}, "beta must be > 0"),
+        ({"kl": -1.0}, "kl must be > 0"),
+        ({"eval_samples": 1}, "eval_samples"),
+        ({"options": {"magic": 1}}, "options: ActorCritic has critic_updates"),
+        ({"prompts": "not_there.txt"}, "there is no file not_there.txt"),
+        ({"reward": "magic"}, "neither module:function nor one of"),
+        ({"model": "./not/there"}, "cannot be had|must be a folder"),
+        ({"solver": "diffusers/lcm"}, "is of no use here"),
+        ({"solver": "diffusers/magic"}, "sampler must be one of"),
+        ({"solver": "diffusers/ddim", "kl": 1.0}, "no KL along its paths|noise"),
+        ({"algorithm": "ddpo", "solver": "heun", "options": {}}, "no transition density"),
+        ({"reward": "following", "algorithm": "adjoint-matching", "options": {}}, "differentiable"),
+        ({"eight_bit": True}, "bitsandbytes"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_is_said_before_training(model, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        train(short(model, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: here\nsteps: 7\neval_steps: [3, 4]\noptions: {nodes: 8}\n")
+    s = settings_of(["--config", str(tmp_path / "mine.yaml"), "--steps", "9"])
+    assert (s.model, s.steps, s.eval_steps, s.options) == ("here", 9, (3, 4), {"nodes": 8})
+    (tmp_path / "mine.json").write_text(json.dumps({"guidance": 3.0}))
+    assert settings_of(["--config", str(tmp_path / "mine.json")]).guidance == 3.0
+    (tmp_path / "wrong.yaml").write_text("stepz: 7")
+    for file, message in (("wrong.yaml", "stepz"), ("not_there", "there is no file")):
+        with pytest.raises(ValueError, match=message):
+            settings_of(["--config", str(tmp_path / file)])
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert "--guidance" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_embedded_model_is_trained():
+    assert settings_of([]) == Settings.read(EMBEDDED)
+    assert settings_of(["--model", "mine"]) == Settings(model="mine")
+
+
+def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
+    main(["--model", str(model), "--out", str(tmp_path / "run"), "--dry-run", "--steps", "7", "--samples", "3"])
+    said = capsys.readouterr().out
+    assert "steps: 7" in said and f"{3 * 7 * 2} evaluations of the UNet" in said
+    assert not (tmp_path / "run").exists()
+    weights = UNet2DConditionModel.from_pretrained(model, subfolder="unet").num_parameters()
+    assert f"optimiser {8 * weights / 2**30:.2f} GiB" in needs(short(model, tmp_path))
+
+
+def test_a_budget_wraps_the_algorithm(model, tmp_path):
+    found = sd15.algorithm_of(short(model, tmp_path, kl=3.0), True)
+    assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
