@@ -118,6 +118,7 @@ CASES = {
     "actor-critic": {"ema": 0.5},
     "actor-critic, 23 samples": {"samples": 23, "batch": 5, "micro_batch": 7},
     "ddpo, 23 samples": {"algorithm": DDPO(nodes=64), "samples": 23, "solver": Multistep2()},
+    "ddpo, groups of 3": {"algorithm": DDPO(nodes=64, group=3), "samples": 21, "solver": DDIM(), "epochs": 2},
     "whole trajectories": {"algorithm": PathConsistency(updates=3, paths=16, keep=2), "samples": 23, "epochs": 2},
     "conditions, hands of 3 nodes": {
         "name": "mixture-2d-conditional", "algorithm": dataclasses.replace(ACTOR_CRITIC, nodes=3),
@@ -631,6 +632,33 @@ def test_another_loop_is_caught(source):
 )
 def test_what_is_no_loop_is_not(source):
     assert list(loops(source)) == []
+
+
+# ddpo
+
+
+def test_the_baseline_is_the_mean_over_others_of_the_group():
+    """Of returns to go: reward less the cost that is still to come. In a group of two it is the other's."""
+    found = []
+
+    def look(run, metrics):
+        batch = run.replay.batches[-1]
+        found.append((batch.fields["advantage"][:-1], batch.trajectory.reward))
+
+    problem = catalogue.get("gaussian-1d").problem
+    for group in (2, 0):
+        settings = Settings(samples=6, epochs=1, steps=3, solver=DDIM(), progress=False)
+        fit(problem, Policy(problem), DDPO(nodes=6, group=group), settings=settings, callbacks=[look])
+    (pairs, reward), (everyone, _) = found  # a policy that starts at the reference pays nothing
+    torch.testing.assert_close(pairs, (reward - reward.view(3, 2).flip(1).flatten()).expand(3, 6))
+    torch.testing.assert_close(everyone, ((reward - reward.mean()) * 6 / 5).expand(3, 6))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_groups_that_do_not_fit(group):
+    problem = catalogue.get("gaussian-1d").problem
+    with pytest.raises(ValueError, match=f"divide the 6 samples of an epoch, got {group}"):
+        fit(problem, Policy(problem), DDPO(group=group), settings=Settings(samples=6, solver=DDIM(), progress=False))
 
 
 if __name__ == "__main__":

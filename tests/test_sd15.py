@@ -42,7 +42,8 @@ def short(folder, out, **changes):
         "model": str(folder), "reward": "following-soft", "other_reward": "jpeg-compressibility",
         "prompts": "shapes-new", "eval_prompts": "shapes-held-out", "epochs": 2, "samples": 4, "steps": 3,
         "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": out, "eval_samples": 4,
-        "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,), "critic_width": 8, "pictures_every": 1,
+        "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,),
+        "critic_width": 8, "pictures_every": 1,
         "options": {"nodes": 8, "critic_updates": 1, "actor_updates": 1},
     }  # fmt: skip
     return Settings(**{**plain, **changes})

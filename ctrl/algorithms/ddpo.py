@@ -50,6 +50,9 @@ class DDPO(Algorithm):
     group: int = 0
 
     def learn(self, run: Run) -> None:
+        samples = run.settings.samples
+        if (group := self.group or samples) < 2 or samples % group:
+            raise ValueError(f"group must be at least 2 and divide the {samples} samples of an epoch, got {group}")
         run.lay_actions()
         (batch,) = run.replay.batches
         path, steps = batch.trajectory, batch.steps
@@ -64,9 +67,6 @@ class DDPO(Algorithm):
         assert path.reward is not None
         decay = torch.exp(-run.problem.discount * path.t[-1]).to(path.x)
         gain = decay * path.reward - cost.view(steps, -1).flip(0).cumsum(0).flip(0)
-        samples = run.settings.samples
-        if (group := self.group or samples) < 2 or samples % group:
-            raise ValueError(f"group must be at least 2 and divide the {samples} samples of an epoch, got {group}")
         batch.lay("advantage", gain - run.mean_over_others(gain, group))
         for nodes in run.deal(self.passes * -(-steps * run.replay.samples // self.nodes), self.nodes, last=steps - 1):
             run.update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes)
