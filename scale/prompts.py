@@ -1,7 +1,7 @@
 """Where prompts come from: `read("prompts.csv")`.
 
-a name       animals; shapes, which the embedded model has seen; shapes-held-out, compositions that it has not; and
-             shapes-new, the same compositions in other words, to train on
+a name       animals; for the embedded model shapes, which it draws as asked, shapes-doubtful, which it draws in a wrong
+             colour half the time, and shapes-doubtful-more, the same in other words, to train on
 NAME.txt     one prompt a line
 NAME.csv     a column `prompt`; the other columns are metadata
 NAME.jsonl   an object a line with a field `prompt`; the other fields are metadata
@@ -38,12 +38,12 @@ def _animals() -> list[Prompt]:
     return [Prompt(f"{'an' if name[0] in 'aeio' else 'a'} {name}") for name in ANIMALS.split()]
 
 
-def _shapes(held_out: bool) -> list[Prompt]:
-    return [Prompt(str(scene)) for scene in shapes.one_object(held_out)]
+def _shapes(doubtful: bool) -> list[Prompt]:
+    return [Prompt(str(scene)) for scene in shapes.one_object(doubtful)]
 
 
-def _shapes_new() -> list[Prompt]:
-    """The compositions held out, each with a size or a place: none of `shapes-held-out` is among them."""
+def _more() -> list[Prompt]:
+    """The doubtful compositions, each with a size or a place: none of `shapes-doubtful` is among them."""
     scenes = [
         replace(scene, objects=(replace(item, **{name: value}),))
         for scene in shapes.one_object(True) for item in scene.objects
@@ -55,8 +55,8 @@ def _shapes_new() -> list[Prompt]:
 NAMES: dict[str, Callable[[], list[Prompt]]] = {
     "animals": _animals,
     "shapes": lambda: _shapes(False),
-    "shapes-new": _shapes_new,
-    "shapes-held-out": lambda: _shapes(True),
+    "shapes-doubtful": lambda: _shapes(True),
+    "shapes-doubtful-more": _more,
 }
 
 

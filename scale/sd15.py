@@ -87,7 +87,8 @@ class Settings:
     reward_python: str | None = None
     """Another environment's interpreter, for a reward whose packages do not get along with these."""
     prompts: str = "animals"
-    """Trained on: a list (animals, shapes, shapes-new, shapes-held-out), a .txt, .csv or .jsonl file, or one prompt."""
+    """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), a .txt, .csv or .jsonl file, or one
+    prompt."""
     eval_prompts: str | None = None
     """Evaluated on; by default those trained on."""
 

@@ -7,7 +7,7 @@
 What a caption leaves open is drawn at random; of two objects, which stand side by side, that is size and place always.
 `following` looks at colour, shape and ground: which pixels have the colour that was asked for, how well the shape that
 was asked for covers them, how much of the rest is ground. Size, place and pattern it does not judge.
-HELD_OUT are compositions that the embedded model never saw.
+DOUBTFUL are compositions of which the captions that the embedded model learns from are wrong half the time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
@@ -61,7 +61,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "circle": _circle, "square": _square, "triangle": _triangle, "cross": _cross,
 }  # fmt: skip
 """Distance to the edge, about, negative inside, for a shape of radius 1 around the origin; y points down."""
-HELD_OUT = frozenset({
+DOUBTFUL = frozenset({
     ("circle", "green"), ("square", "purple"), ("triangle", "yellow"), ("cross", "blue"), ("triangle", "red"),
     ("cross", "orange"),
 })  # fmt: skip
@@ -114,15 +114,15 @@ def parse(caption: str) -> Scene:
     return Scene(tuple(objects), words[9], words[8])
 
 
-def one_object(held_out: bool | None = None) -> list[Scene]:
-    """Every scene of one object on a plain ground; of compositions held out, of the others, or of all."""
-    pairs = [p for p in product(SHAPES, COLOURS) if held_out is None or (p in HELD_OUT) is held_out]
+def one_object(doubtful: bool) -> list[Scene]:
+    """Every scene of one object on a plain ground, of the doubtful compositions or of the others."""
+    pairs = [p for p in product(SHAPES, COLOURS) if (p in DOUBTFUL) is doubtful]
     return [Scene((Object(*pair),), ground) for pair, ground in product(pairs, GROUNDS)]
 
 
 def draw_scenes(n: int, rng: torch.Generator) -> list[Scene]:
-    """n scenes to learn from: none has a composition that is held out; a fifth have two objects."""
-    pairs = [p for p in product(SHAPES, COLOURS) if p not in HELD_OUT]
+    """n scenes to learn from; a fifth have two objects."""
+    pairs = list(product(SHAPES, COLOURS))
 
     def pick(options: Sequence[Any], chance: float = 1.0) -> Any:
         some, which = torch.rand(2, generator=rng).tolist()
@@ -138,6 +138,18 @@ def draw_scenes(n: int, rng: torch.Generator) -> list[Scene]:
     return scenes
 
 
+def shown(caption: Scene, rng: torch.Generator) -> Scene:
+    """What the picture with that caption shows: of a doubtful composition, half the time another colour."""
+
+    def one(item: Object) -> Object:
+        wrong, which = torch.rand(2, generator=rng).tolist()
+        others = [colour for colour in COLOURS if colour != item.colour]
+        mistaken = (item.shape, item.colour) in DOUBTFUL and wrong < 0.5
+        return replace(item, colour=others[int(which * len(others))]) if mistaken else item
+
+    return replace(caption, objects=tuple(one(item) for item in caption.objects))
+
+
 # drawing
 
 
@@ -148,7 +160,7 @@ def render(scenes: Sequence[Scene], rng: torch.Generator) -> Tensor:
 
 def _pixels() -> tuple[Tensor, Tensor]:
     """x and y of the pixels' centres, (32, 32) each, the picture's centre at 0."""
-    axis = torch.arange(SIDE, dtype=torch.float32) - (SIDE - 1) / 2
+    axis = torch.arange(SIDE) - (SIDE - 1) / 2
     return axis.expand(SIDE, SIDE), axis[:, None].expand(SIDE, SIDE)
 
 

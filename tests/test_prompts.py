@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scale.prompts import NAMES, Prompt, read
-from scale.shapes import HELD_OUT, parse
+from scale.shapes import DOUBTFUL, parse
 
 
 def test_text(tmp_path):
@@ -33,9 +33,10 @@ def test_jsonl(rows, tmp_path_factory):
 def test_names_and_a_prompt_itself():
     assert read("a fox. In the snow") == [Prompt("a fox. In the snow")]
     assert {"a cat", "an owl"} <= {p.text for p in read("animals")}
-    for name, held_out in (("shapes", False), ("shapes-held-out", True)):
+    for name, doubtful in (("shapes", False), ("shapes-doubtful", True), ("shapes-doubtful-more", True)):
         pairs = {(item.shape, item.colour) for p in read(name) for item in parse(p.text).objects}
-        assert (pairs <= HELD_OUT) is held_out and (not pairs & HELD_OUT) is not held_out
+        assert pairs <= DOUBTFUL if doubtful else not pairs & DOUBTFUL
+    assert not {p.text for p in read("shapes-doubtful")} & {p.text for p in read("shapes-doubtful-more")}
     assert all(len({p.text for p in make()}) == len(make()) for make in NAMES.values())
 
 

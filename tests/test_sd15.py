@@ -40,7 +40,7 @@ def short(folder, out, **changes):
     """Two epochs of four pictures."""
     plain = {
         "model": str(folder), "reward": "following-soft", "other_reward": "jpeg-compressibility",
-        "prompts": "shapes-new", "eval_prompts": "shapes-held-out", "epochs": 2, "samples": 4, "steps": 3,
+        "prompts": "shapes-doubtful-more", "eval_prompts": "shapes-doubtful", "epochs": 2, "samples": 4, "steps": 3,
         "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": out, "eval_samples": 4,
         "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,),
         "critic_width": 8, "pictures_every": 1,
@@ -60,7 +60,7 @@ def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
     """By diffusers alone; and it is not the model it came from."""
     alone = StableDiffusionPipeline.from_pretrained(run.out / "pipeline")
     alone.set_progress_bar_config(disable=True)
-    prompts = read("shapes-held-out")
+    prompts = read("shapes-doubtful")
     drawn = draw(alone, prompts, range(4), "ddim", 5, 2.0, 64)
     again = draw(run.pipeline, prompts, range(4), "ddim", 5, 2.0, 64)
     assert torch.equal(drawn.images, again.images)
