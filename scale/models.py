@@ -14,6 +14,13 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 
+SD15_UNET: dict[str, Any] = {
+    "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
+    "block_out_channels": (320, 640, 1280, 1280), "attention_head_dim": 8,
+    "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+}  # fmt: skip
+"""SD v1.5's architecture, for checks and measurements at full size without its weights."""
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
 

@@ -8,7 +8,7 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale.evaluate import Evaluation, Pictures
-
-if TYPE_CHECKING:
-    from scale.sd15 import Settings
+from scale.settings import Settings
 
 LARGE = 96  # pixels; smaller pictures are shown enlarged, each of their pixels a square
 

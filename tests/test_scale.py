@@ -23,9 +23,11 @@ import scale.diffusion
 from ctrl import DDIM, Exponential, Noise, Noising, Problem, Solver, StructuredCritic, Trajectory, grids, rollout
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm
 from ctrl.fit import Result, Run, Settings, fit
+from ctrl.noising import VPTable
 from ctrl.value import Critic, NetworkCritic
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
-from scale.models import load
+from scale.models import SD15_UNET, load
+from scale.prompts import Prompt
 from scale.samplers import REFUSED, SAMPLERS, BlackBox, sampler
 
 PROMPTS = ["a red fox", "hare", "an owl"]
@@ -459,3 +461,55 @@ def test_the_trained_unet_goes_back_into_the_pipeline(folder: Path, tmp_path: Pa
         torch.testing.assert_close(draw(again), images[-1], rtol=0, atol=0)
     images.append(draw(tiny(folder, torch.float32)))
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+# full size
+
+
+def full_size(device: str) -> Score:
+    """SD v1.5's architecture under its schedule, with random weights, or with none on "meta"."""
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(SD15_UNET)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
+    return Score(unet, VPTable(betas.tolist()))
+
+
+def test_the_architecture_of_sd15_is_the_public_one():
+    """Its number of parameters and tensors, and where the public files have them."""
+    found = {name: tuple(p.shape) for name, p in full_size("meta").unet.state_dict().items()}
+    assert sum(math.prod(shape) for shape in found.values()) == 859_520_964 and len(found) == 686
+    known = {
+        "conv_in.weight": (320, 4, 3, 3),
+        "time_embedding.linear_1.weight": (1280, 320),
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight": (320, 768),
+        "down_blocks.2.attentions.1.transformer_blocks.0.ff.net.0.proj.weight": (10240, 1280),
+        "mid_block.attentions.0.proj_in.weight": (1280, 1280, 1, 1),
+        "up_blocks.3.resnets.2.conv_shortcut.weight": (320, 640, 1, 1),
+        "conv_out.bias": (4,),
+    }
+    assert {name: found.get(name) for name in known} == known
+
+
+@pytest.mark.long
+def test_half_precision_at_full_width():
+    """A score, and an update's gradient, on latents of 8 x 8. bfloat16 rounds by 2^-9 relative at most; the UNet has
+    some 400 operations in a row, forwards, whose roundings add up like noise, 2^-9 sqrt(400) = 4 %, and as many
+    backwards."""
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    policy = full_size("cpu")
+    words = torch.randn(2, 77, 768)
+    prompts = Prompts([Prompt("a"), Prompt("b")], words, words[:, 0], words[:1])
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7])
+    found = []
+    for half in (False, True):
+        policy.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            a = policy(t, x, prompts(torch.arange(2)))
+            loss = (a - x).square().mean()
+        assert a.dtype is loss.dtype is torch.float32
+        loss.backward()
+        grads = [policy.unet.conv_in.weight.grad, policy.unet.mid_block.attentions[0].proj_in.weight.grad]
+        found.append([a.detach(), *(g.clone() for g in grads)])
+    for full, rounded, operations in zip(*found, (400, 800, 800), strict=True):
+        assert float((full - rounded).norm() / full.norm()) < 2**-9 * operations**0.5

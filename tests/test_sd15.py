@@ -44,7 +44,7 @@ def short(folder, out, **changes):
         "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": out, "eval_samples": 4,
         "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,),
         "critic_width": 8, "pictures_every": 1,
-        "options": {"nodes": 8, "critic_updates": 1, "actor_updates": 1},
+        "options": ("nodes=8", "critic_updates=1", "actor_updates=1"),
     }  # fmt: skip
     return Settings(**{**plain, **changes})
 
@@ -61,8 +61,8 @@ def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
     alone = StableDiffusionPipeline.from_pretrained(run.out / "pipeline")
     alone.set_progress_bar_config(disable=True)
     prompts = read("shapes-doubtful")
-    drawn = draw(alone, prompts, range(4), "ddim", 5, 2.0, 64)
-    again = draw(run.pipeline, prompts, range(4), "ddim", 5, 2.0, 64)
+    drawn = draw(alone, prompts, range(4), "dpmsolver++", 5, 2.0, 64)
+    again = draw(run.pipeline, prompts, range(4), "dpmsolver++", 5, 2.0, 64)
     assert torch.equal(drawn.images, again.images)
     found = json.loads((run.out / "evaluation.json").read_text())
     rewarded = sd15.reward_of("following-soft")(drawn.images, [p.text for p in drawn.prompts], [])
@@ -74,7 +74,7 @@ def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
 
 def test_a_run_leaves_its_settings_metrics_pictures_and_events(run):
     s = Settings.read(run.out / "config.json")
-    assert (s.options["nodes"], s.eval_samplers, s.out) == (8, ("euler",), run.out)
+    assert (s.options[0], s.eval_samplers, s.out) == ("nodes=8", ("euler",), run.out)
     assert dataclasses.replace(s).plain() == json.loads((run.out / "config.json").read_text())
     metrics = [json.loads(line) for line in (run.out / "metrics.jsonl").read_text().splitlines()]
     assert [m["trajectories"] for m in metrics] == [4, 8] and metrics == run.history
@@ -126,9 +126,9 @@ def test_a_stopped_run_goes_on(model, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": {"group": 2}},
-        {"algorithm": "ppo", "options": {"updates": 1, "nodes": 8, "evaluation.critic_updates": 1}},
-        {"algorithm": "adjoint-matching", "options": {"updates": 1, "nodes": 8}},
+        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": ("group=2",)},
+        {"algorithm": "ppo", "options": ("updates=1", "nodes=8", "evaluation.critic_updates=1")},
+        {"algorithm": "adjoint-matching", "options": ("updates=1", "nodes=8")},
         {"reward": "jpeg-compressibility", "pretrain": 1},
         {"critic": "network", "kl": 2.0},
         {"solver": "diffusers/dpmsolver++"},
@@ -187,15 +187,16 @@ def test_a_reward_of_ones_own(model, tmp_path):
         ({"beta": 0.0}, "beta must be > 0"),
         ({"kl": -1.0}, "kl must be > 0"),
         ({"eval_samples": 1}, "eval_samples"),
-        ({"options": {"magic": 1}}, "options: ActorCritic has critic_updates"),
+        ({"options": ("magic=1",)}, "options: ActorCritic has critic_updates"),
+        ({"options": ("nodes=many",)}, "options: nodes must be a number, as in nodes=256, got 'many'"),
         ({"prompts": "not_there.txt"}, "there is no file not_there.txt"),
         ({"reward": "magic"}, "neither module:function nor one of"),
         ({"model": "./not/there"}, "cannot be had|must be a folder"),
         ({"solver": "diffusers/lcm"}, "is of no use here"),
         ({"solver": "diffusers/magic"}, "sampler must be one of"),
         ({"solver": "diffusers/ddim", "kl": 1.0}, "no KL along its paths|noise"),
-        ({"algorithm": "ddpo", "solver": "heun", "options": {}}, "no transition density"),
-        ({"reward": "following", "algorithm": "adjoint-matching", "options": {}}, "differentiable"),
+        ({"algorithm": "ddpo", "solver": "heun", "options": ()}, "no transition density"),
+        ({"reward": "following", "algorithm": "adjoint-matching", "options": ()}, "differentiable"),
         ({"eight_bit": True}, "bitsandbytes"),
     ],
     ids=str,
@@ -207,9 +208,9 @@ def test_what_cannot_be_is_said_before_training(model, tmp_path, changes, messag
 
 
 def test_settings_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text("model: here\nsteps: 7\neval_steps: [3, 4]\noptions: {nodes: 8}\n")
+    (tmp_path / "mine.yaml").write_text("model: here\nsteps: 7\neval_steps: [3, 4]\noptions: [nodes=8]\n")
     s = settings_of(["--config", str(tmp_path / "mine.yaml"), "--steps", "9"])
-    assert (s.model, s.steps, s.eval_steps, s.options) == ("here", 9, (3, 4), {"nodes": 8})
+    assert (s.model, s.steps, s.eval_steps, s.options) == ("here", 9, (3, 4), ("nodes=8",))
     (tmp_path / "mine.json").write_text(json.dumps({"guidance": 3.0}))
     assert settings_of(["--config", str(tmp_path / "mine.json")]).guidance == 3.0
     (tmp_path / "wrong.yaml").write_text("stepz: 7")
