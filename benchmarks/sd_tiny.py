@@ -1,0 +1,229 @@
+"""On the embedded Stable Diffusion: from how many pictures is a reward learned, at what path KL, and does what was
+learned survive other samplers and step sizes?
+
+The continuous-time actor-critic and DDPO, full fine-tuning by `scale/sd15.py` from the same settings but for those of
+`METHODS`, the learning rate of each from the same search (`--tune`). Two rewards, both black boxes:
+
+    following             prompt-following where the model's captions were wrong half the time, on other prompts of that
+                          kind than those trained on
+    jpeg-compressibility  at a budget of path KL, on prompts that the model follows; `other` is what became of that
+
+Training rewards are means over the last SMOOTH epochs. `images_to` is how many pictures were drawn until that mean was
+at DDPO's final one, the mean over its seeds; `kept` the gain over samplers and steps (rows of the panel `samplers`)
+relative to that of the headline sampler. Runs are kept in OUT/sd_tiny.runs, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+
+from benchmarks.report import Options, Row, number, table, write
+from scale import sd15
+from scale.settings import EMBEDDED, Settings
+
+NAME = "sd_tiny"
+SMOOTH = 5
+REWARDS: dict[str, dict[str, Any]] = {
+    "following": {},
+    "jpeg-compressibility": {
+        "reward": "jpeg-compressibility", "other_reward": "following", "prompts": "shapes", "eval_prompts": "shapes",
+        "kl": 4.0,
+    },
+}  # fmt: skip
+METHODS: dict[str, dict[str, Any]] = {
+    "actor-critic": {},
+    "ddpo": {"algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4, "options": ("nodes=64", "group=4")},
+}
+RATES = (3e-5, 1e-4, 3e-4)
+COLOURS = {"actor-critic": "#0072B2", "ddpo": "#D55E00"}
+
+
+@dataclass(frozen=True)
+class SDTinyOptions(Options):
+    """What this benchmark can be asked for."""
+
+    reward: tuple[str, ...] = tuple(REWARDS)
+    """following, jpeg-compressibility."""
+    method: tuple[str, ...] = tuple(METHODS)
+    """actor-critic, ddpo."""
+    seeds: int = 3
+    """Runs of each, with seeds 0, 1, ..."""
+    epochs: int = 40
+    """Of each run."""
+    tune: bool = False
+    """Try the learning rates, with one seed that is not among the others, instead."""
+    done: bool = False
+    """Only the table and the figure of the runs that are there."""
+
+    def __post_init__(self) -> None:
+        for name, known in (("reward", REWARDS), ("method", METHODS)):
+            if unknown := [v for v in getattr(self, name) if v not in known]:
+                raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    reward: str
+    method: str
+    seed: int
+    epochs: int
+    quick: bool
+    lr: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its file's name."""
+        tail = "" if self.lr is None else f"-{self.lr:g}"
+        return f"{self.reward}-{self.method}-{self.seed}-{self.epochs}{tail}{'-quick' if self.quick else ''}"
+
+    def settings(self, out: Path) -> Settings:
+        """The embedded model's, with what is the reward's and the method's own."""
+        s = replace(Settings.read(EMBEDDED), epochs=self.epochs, seed=self.seed, out=out, log_with="none",
+                    pictures_every=0, **REWARDS[self.reward])  # fmt: skip
+        s = replace(s, **METHODS[self.method])
+        if self.quick:
+            s = replace(s, samples=8, steps=4, eval_samples=8, eval_headline=4, eval_grid_samples=4, eval_steps=(4,))
+        return s if self.lr is None else replace(s, lr=self.lr)
+
+
+def run(job: Job, store: Path) -> None:
+    """Train, evaluate, and leave a file."""
+    out = store / f"{job.key}.run"
+    shutil.rmtree(out, ignore_errors=True)
+    began = time.process_time()
+    found = sd15.train(job.settings(out))
+    assert found.evaluation is not None
+    row = {
+        "seconds": time.process_time() - began, "evaluation": json.loads((out / "evaluation.json").read_text()),
+        "curve": [[m["trajectories"], m["reward"], m.get("kl")] for m in found.history],
+    }  # fmt: skip
+    part = store / f"{job.key}.part"
+    part.write_text(json.dumps(row))
+    os.replace(part, store / f"{job.key}.json")
+    shutil.rmtree(out / "checkpoints")
+
+
+def jobs_of(o: SDTinyOptions) -> list[Job]:
+    """All that were asked for."""
+    if o.tune:
+        return [Job(*case, 1000, o.epochs, o.quick, lr) for case in product(o.reward, o.method) for lr in RATES]
+    seeds, epochs = (1, 2) if o.quick else (o.seeds, o.epochs)
+    return [Job(*case, o.seed + seed, epochs, o.quick) for case in product(o.reward, o.method) for seed in range(seeds)]
+
+
+def carry_out(jobs: Sequence[Job], store: Path, done: bool) -> dict[Job, Any]:
+    """One after the other, since each takes the whole machine; from their files where they were done before."""
+    store.mkdir(parents=True, exist_ok=True)
+    files = {job: store / f"{job.key}.json" for job in jobs}
+    for job in tqdm([] if done else [job for job in jobs if not files[job].exists()], "runs"):
+        run(job, store)
+    return {job: json.loads(file.read_text()) for job, file in files.items() if file.exists()}
+
+
+def smoothed(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+    """(pictures, mean reward over the last SMOOTH epochs)."""
+    return [(curve[i][0], mean(r for _, r, _ in curve[max(0, i - SMOOTH + 1) : i + 1])) for i in range(len(curve))]
+
+
+def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
+    """One row a reward and method: the panel `learning`."""
+    for reward, method in dict.fromkeys((job.reward, job.method) for job in runs):
+        level = [smoothed(r["curve"])[-1][1] for j, r in runs.items() if (j.reward, j.method) == (reward, "ddpo")]
+        group = [r for j, r in runs.items() if (j.reward, j.method) == (reward, method)]
+        found = [r["evaluation"] for r in group]
+        to = [next((n for n, v in smoothed(r["curve"]) if level and v >= mean(level)), None) for r in group]
+        gains, n = [f["gain"] for f in found], len(found)
+        spread = stdev(gains) / n**0.5 if n > 1 else found[0]["gain_se"]
+        yield {
+            "panel": "learning", "reward": reward, "algorithm": method, "seeds": n, "images": group[0]["curve"][-1][0],
+            "images_to": None if None in to else mean(v for v in to if v is not None),
+            "before": found[0]["reward_before"], "gain": mean(gains), "gain_se": spread,
+            "path_kl": mean(f["path_kl"] for f in found), "other_before": found[0]["other_before"],
+            "other_after": mean(f["other_after"] for f in found),
+            "diversity_before": found[0]["diversity_before"],
+            "diversity_after": mean(f["diversity_after"] for f in found),
+            "kept": mean(mean(row["reward_gain"] for row in f["grid"]) / f["gain"] for f in found),
+            "seconds": mean(r["seconds"] for r in group),
+        }  # fmt: skip
+
+
+def by_sampler(runs: dict[Job, Any]) -> Iterator[Row]:
+    """One row a reward, method, sampler and number of steps, the mean over seeds."""
+    cells: dict[tuple[Any, ...], list[float]] = {}
+    for job, r in runs.items():
+        for row in r["evaluation"]["grid"]:
+            cells.setdefault((job.reward, job.method, row["sampler"], row["steps"]), []).append(row["reward_gain"])
+    for (reward, method, sampler, steps), gains in cells.items():
+        se = stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+        yield {"panel": "samplers", "reward": reward, "algorithm": method, "sampler": sampler, "steps": steps,
+               "gain": mean(gains), "gain_se": se}  # fmt: skip
+
+
+def draw(runs: dict[Job, Any], rows: Sequence[Row]) -> Figure:
+    """A row a reward: what was learned from how many pictures, and what is left of it by sampler and steps."""
+    rewards = list(dict.fromkeys(job.reward for job in runs))
+    figure = Figure(figsize=(8.5, 3.1 * len(rewards)), layout="constrained")
+    for (left, right), reward in zip(figure.subplots(len(rewards), 2, squeeze=False), rewards, strict=True):
+        for job, r in runs.items():
+            if job.reward == reward:
+                left.plot(*zip(*smoothed(r["curve"]), strict=True), color=COLOURS[job.method], linewidth=1.2,
+                          label=job.method if job.seed == min(j.seed for j in runs) else None)  # fmt: skip
+        for method, marks in product(METHODS, (("ddim", "o"), ("dpmsolver++", "s"), ("unipc", "^"), ("euler", "v"))):
+            line = [r for r in rows if r["panel"] == "samplers" and (r["reward"], r["algorithm"], r["sampler"])
+                    == (reward, method, marks[0])]  # fmt: skip
+            right.errorbar([number(r, "steps") for r in line], [number(r, "gain") for r in line],
+                           [float(r["gain_se"] or 0) for r in line], color=COLOURS[method], marker=marks[1],
+                           markersize=4, linewidth=1, capsize=2)  # fmt: skip
+        left.set(title=reward, xlabel="pictures", ylabel=f"reward in training, mean of {SMOOTH} epochs")
+        right.set(title="gain by sampler (ddim o, dpmsolver++ □, unipc △, euler ▽)", xlabel="steps", xscale="log")
+        left.legend(frameon=False)
+        for ax in (left, right):
+            ax.grid(alpha=0.3)
+    return figure
+
+
+def main(o: SDTinyOptions) -> None:
+    """Train, print, write."""
+    began = time.perf_counter()
+    runs = carry_out(jobs_of(o), o.out / f"{NAME}.runs", o.done)
+    if not runs:
+        raise ValueError(f"done: there are no runs in {o.out / f'{NAME}.runs'} yet; leave --done out to make them")
+    if o.tune:
+        rows: list[Row] = [
+            {"reward": j.reward, "algorithm": j.method, "lr": j.lr, "last": smoothed(r["curve"])[-1][1],
+             "gain": r["evaluation"]["gain"], "path_kl": r["evaluation"]["path_kl"]} for j, r in runs.items()
+        ]  # fmt: skip
+        print(table(rows, list(rows[0])))
+        print("->", write(NAME, o, rows, began, part="tuning"))
+        return
+    learning, samplers = list(summarise(runs)), list(by_sampler(runs))
+    print(table(learning, [name for name in learning[0] if name != "panel"]))
+    print(table(samplers, [name for name in samplers[0] if name != "panel"]))
+    path = write(NAME, o, [*learning, *samplers], began)
+    draw(runs, [*learning, *samplers]).savefig(path.with_suffix(".png"), dpi=150)
+    print(f"-> {path}, {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(SDTinyOptions, description=__doc__))
+    except ValueError as wrong:
+        sys.exit(str(wrong))
