@@ -454,7 +454,7 @@ def fit(
             ):
                 checkpoint.save(run)
             bar.update()
-            shown = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
+            shown: dict[str, str] = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
             bar.set_postfix({**shown, "samples/s": f"{settings.samples / metrics['seconds']:.3g}"})
             for callback in callbacks:
                 callback(run, metrics)
