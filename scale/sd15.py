@@ -25,7 +25,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 import tyro
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload, init_empty_weights
@@ -34,7 +36,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from ctrl import NetworkCritic, Solver, StructuredCritic
-from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, Algorithm, KLBudget
+from ctrl.algorithms import ActorCritic, Algorithm, KLBudget
 from ctrl.fit import Run, fit
 from ctrl.fit import Settings as FitSettings
 from ctrl.problem import ScoreAsAction
@@ -46,7 +48,7 @@ from scale.evaluate import Evaluation, draw, evaluate
 from scale.prompts import Prompt
 from scale.rewards import Reward, ceiling_of, reward_of
 from scale.samplers import BlackBox, sampler
-from scale.settings import ALGORITHMS, ASSETS, BOXED, EMBEDDED, GRIDS, SOLVERS, Settings
+from scale.settings import ALGORITHMS, ASSETS, BOXED, EMBEDDED, GRIDS, LEARN_VALUES, SOLVERS, Settings
 
 # ------------------------------------------------------------------------------------------ the parts
 
@@ -121,6 +123,26 @@ def adapters(unet: UNet2DConditionModel, rank: int) -> None:
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
 
 
+def rewards_of(s: Settings, given: Reward | None = None) -> dict[str, Reward]:
+    """The one that is trained on, first, and the one that is looked at."""
+    rewards = {"reward": given or reward_of(s.reward, s.reward_python)}
+    return rewards if s.other_reward is None else {**rewards, "other": reward_of(s.other_reward, s.reward_python)}
+
+
+def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
+    """Loaded, with a UNet that is to be trained and nothing else that is."""
+    pipeline = models.load(s.model, s.revision, s.variant)
+    if s.steps > len(pipeline.scheduler.betas):
+        raise ValueError(f"steps must be at most the model's {len(pipeline.scheduler.betas)} timesteps, got {s.steps}")
+    pipeline.vae.requires_grad_(False)
+    pipeline.text_encoder.requires_grad_(False)
+    if s.lora:
+        adapters(pipeline.unet, s.lora)
+    if s.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    return pipeline.to(device)
+
+
 def critic_of(s: Settings, task: ScoreAsAction, width: int, differentiable: bool) -> Critic:
     """V from latents, times and prompts; with a black box the structured one learns what to put in its skip."""
     channels = task.shape[0]
@@ -136,23 +158,12 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     eval_prompts = prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
     optimizer = optimizer_of(s)
     algorithm_of(s, True)
-    rewards = {"reward": reward or reward_of(s.reward, s.reward_python)}
-    if s.other_reward is not None:
-        rewards["other"] = reward_of(s.other_reward, s.reward_python)
-    pipeline = models.load(s.model, s.revision, s.variant)
-    if s.steps > len(pipeline.scheduler.betas):
-        raise ValueError(f"steps must be at most the model's {len(pipeline.scheduler.betas)} timesteps, got {s.steps}")
+    rewards = rewards_of(s, reward)
+    pipeline = pipeline_of(s, accelerator.device)
     solver = solver_of(s, pipeline)
     box = solver if isinstance(solver, BlackBox) else None
     eta = s.eta if box is None or box.noisy else 0.0
     algorithm = algorithm_of(s, eta > 0)
-    pipeline.vae.requires_grad_(False)
-    pipeline.text_encoder.requires_grad_(False)
-    pipeline.to(accelerator.device)
-    if s.lora:
-        adapters(pipeline.unet, s.lora)
-    if s.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
     policy = Score.of(pipeline, s.guidance)
     reference = policy.frozen()
     if s.offload_reference and not s.lora:
@@ -162,9 +173,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     task = problem(reference, judged, beta=s.beta, eta=eta)
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
     torch.manual_seed(s.seed)  # of the critic's first weights
-    critic = None if algorithm_is(algorithm, DDPO, AdjointMatching) else critic_of(
-        s, task, conditions.width, differentiable
-    )  # fmt: skip
+    critic = critic_of(s, task, conditions.width, differentiable) if s.algorithm in LEARN_VALUES else None
     settings = FitSettings(
         epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else GRIDS[s.grid],
         jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, optimizer=optimizer, ema=s.ema, batch=s.batch,
@@ -172,11 +181,6 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     )  # fmt: skip
     algorithm.check(task, solver, critic)
     return Task(pipeline, policy, task, critic, algorithm, conditions, prompts, eval_prompts, rewards, settings)
-
-
-def algorithm_is(algorithm: Algorithm, *kinds: type[Algorithm]) -> bool:
-    """Whether it is one of these, within a budget or not."""
-    return isinstance(algorithm.algorithm if isinstance(algorithm, KLBudget) else algorithm, kinds)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -200,12 +204,16 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
         mixed_precision=s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
         kwargs_handlers=[patience],
     )  # fmt: skip
+    if accelerator.is_main_process:
+        why = " (there is no CUDA; --model names another)" if s.model == str(ASSETS / "tiny-sd") else ""
+        print(f"model: {s.model}{why}")
     task = assemble(s, reward, accelerator)
-    say = print if accelerator.is_main_process else lambda *words: None
-    say(described(s, task))
     if accelerator.is_main_process:
         s.out.mkdir(parents=True, exist_ok=True)
         (s.out / "config.json").write_text(json.dumps(s.plain(), indent=2) + "\n")
+        every, trained = (sum(p.numel() for p in task.policy.unet.parameters() if p.requires_grad or not only) / 1e6
+                          for only in (False, True))  # fmt: skip
+        print(f"{trained:.2f} M of the UNet's {every:.2f} M weights, by {s.algorithm} on {s.reward}, in {s.out}")
     if s.log_with != "none":
         accelerator.init_trackers("sd15", {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
     if s.pretrain:
@@ -232,17 +240,6 @@ def pretrain(s: Settings, task: Task, accelerator: Accelerator) -> None:
         task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
         resume=s.resume, accelerator=accelerator,
     )  # fmt: skip
-
-
-def described(s: Settings, task: Task) -> str:
-    """Which model is trained, and why that one."""
-    unet = task.pipeline.unet
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    why = " (there is no CUDA; --model names another)" if s.model == str(ASSETS / "tiny-sd") else ""
-    return (
-        f"model: {s.model}{why}\n{trained / 1e6:.2f} M of the UNet's {unet.num_parameters() / 1e6:.2f} M parameters, "
-        f"by {s.algorithm} on {s.reward}, {len(task.prompts)} prompts; pictures in {s.out}"
-    )
 
 
 class Watch:
@@ -379,11 +376,9 @@ def evaluate_run(e: Evaluate) -> Evaluation:
     }  # fmt: skip
     s = dataclasses.replace(s, **{k: v for k, v in changes.items() if v is not None})
     device = Accelerator().device
-    rewards = {"reward": reward_of(s.reward, s.reward_python)}
-    if s.other_reward is not None:
-        rewards["other"] = reward_of(s.other_reward, s.reward_python)
+    prompts, rewards = prompt_lists.read(s.eval_prompts or s.prompts), rewards_of(s)
     untuned = models.load(s.model, s.revision, s.variant)
-    found = judged(s, pipeline.to(device), untuned.to(device), prompt_lists.read(s.eval_prompts or s.prompts), rewards)
+    found = judged(s, pipeline.to(device), untuned.to(device), prompts, rewards)
     found.write((e.out or e.run) / "evaluation.json")
     print(found.summary())
     return found
@@ -462,6 +457,8 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # scale.models says what is wrong with a model
     try:
         main(sys.argv[1:])
     except ValueError as wrong:

@@ -29,6 +29,8 @@ ALGORITHMS: dict[str, type[Algorithm]] = {
     "actor-critic": ActorCritic, "ddpo": DDPO, "ppo": PPOPenalty, "ppo-clip": PPOClip,
     "path-consistency": PathConsistency, "policy-iteration": PolicyIteration, "adjoint-matching": AdjointMatching,
 }  # fmt: skip
+LEARN_VALUES = ("actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration")
+"""Those with a critic."""
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
 GRIDS = {"log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform}
