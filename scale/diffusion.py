@@ -41,7 +41,8 @@ class Prompts:
     Attributes:
         prompts: P of them, with what a reward may want to know beside the text.
         embeds: one state per token, (P, L, E).
-        pooled: one vector per prompt, (P, E').
+        pooled: one vector per prompt, (P, E'), for critics, of mean 0 and variance 1 over the prompts: text encoders
+            give all prompts nearly the same, and a critic must tell them apart.
         empty: the embedding of the empty prompt, for guidance, (1, L, E).
         in_a_row: samples of one prompt before the next one comes.
     """
@@ -65,8 +66,9 @@ class Prompts:
             return_tensors="pt",
         )
         states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))
-        embeds, pooled = states.last_hidden_state, states.pooler_output
-        return Prompts(known, embeds[1:], pooled[1:], embeds[:1], in_a_row)
+        embeds, pooled = states.last_hidden_state, states.pooler_output[1:]
+        pooled = (pooled - pooled.mean(0)) / pooled.std(0, correction=0).clamp(min=1e-6)
+        return Prompts(known, embeds[1:], pooled, embeds[:1], in_a_row)
 
     @property
     def width(self) -> int:

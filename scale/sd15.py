@@ -234,7 +234,10 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
 
 def pretrain(s: Settings, task: Task, accelerator: Accelerator) -> None:
     """The critic regresses on the rewards of the untuned model's pictures: Monte Carlo, nothing else moves."""
-    alone = ActorCritic(actor_updates=0, trace=0.0, nats=math.inf)
+    given = dataclasses.replace(s, kl=None)
+    algorithm = algorithm_of(given, not task.problem.noiseless)
+    like = algorithm if isinstance(algorithm, ActorCritic) else ActorCritic(nats=math.inf)
+    alone = dataclasses.replace(like, actor_updates=0, trace=0.0)
     settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
     fit(
         task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
