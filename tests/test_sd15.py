@@ -11,11 +11,13 @@ from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 from ctrl.algorithms import KLBudget
-from scale import sd15
+from scale import make_tiny_sd, models, sd15
 from scale.evaluate import draw
-from scale.make_tiny_sd import untrained
+from scale.make_tiny_sd import Recipe, untrained
 from scale.prompts import Prompt, read
-from scale.sd15 import EMBEDDED, Evaluate, Sample, Settings, evaluate_run, main, needs, sample, settings_of, train
+from scale.sd15 import Evaluate, Sample, evaluate_run, main, needs, sample, settings_of, train
+from scale.settings import ASSETS, EMBEDDED, Settings
+from scale.shapes import judge, parse
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +129,17 @@ def test_a_stopped_run_goes_on(model, tmp_path):
     "changes",
     [
         {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": ("group=2",)},
-        {"algorithm": "ppo", "options": ("updates=1", "nodes=8", "evaluation.critic_updates=1")},
+        pytest.param(
+            {"algorithm": "ppo", "options": ("updates=1", "nodes=8", "evaluation.critic_updates=1")},
+            marks=pytest.mark.long,
+        ),
         {"algorithm": "adjoint-matching", "options": ("updates=1", "nodes=8")},
         {"reward": "jpeg-compressibility", "pretrain": 1},
-        {"critic": "network", "kl": 2.0},
+        pytest.param({"critic": "network", "kl": 2.0}, marks=pytest.mark.long),
         {"solver": "diffusers/dpmsolver++"},
-        {"solver": "diffusers/sde-dpmsolver++"},
+        pytest.param({"solver": "diffusers/sde-dpmsolver++"}, marks=pytest.mark.long),
         {"gradient_checkpointing": True, "ema": 0.5, "precision": "bf16"},
-        {"offload_reference": True, "log_with": "none"},
+        pytest.param({"offload_reference": True, "log_with": "none"}, marks=pytest.mark.long),
     ],
     ids=str,
 )
@@ -240,3 +245,28 @@ def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
 def test_a_budget_wraps_the_algorithm(model, tmp_path):
     found = sd15.algorithm_of(short(model, tmp_path, kl=3.0), True)
     assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
+
+
+# the embedded model
+
+
+def test_the_embedded_model_follows_its_prompts_and_doubts_some():
+    """Nine sure ones in ten; of 54 pictures of doubtful ones as many as its recipe says, within four standard errors
+    of a share."""
+    pipeline = models.load(str(ASSETS / "tiny-sd"))
+    recipe = json.loads((ASSETS / "tiny-sd" / "recipe.json").read_text())["follows_its_prompts"]
+    right = {}
+    for name in ("shapes", "shapes-doubtful"):
+        drawn = draw(pipeline, read(name), range(54), "dpmsolver++", 12, 3.0, 54)
+        right[name] = sum(judge(i, parse(p.text)).right for i, p in zip(drawn.images, drawn.prompts, strict=True)) / 54
+    expected = recipe["doubtful"]["3.0"]["right"]
+    assert right["shapes"] > 0.9
+    assert abs(right["shapes-doubtful"] - expected) < 4 * (expected * (1 - expected) / 54) ** 0.5
+
+
+@pytest.mark.long
+def test_the_recipe_runs(tmp_path):
+    make_tiny_sd.main(Recipe(out=tmp_path, pictures=64, vae_steps=2, unet_steps=2, judged=1))
+    report = json.loads((tmp_path / "recipe.json").read_text())
+    assert report["follows_its_prompts"]["sure"]["1.0"]["right"] < 0.5 and report["megabytes"] < 8
+    assert models.load(str(tmp_path)).unet.num_parameters() == report["parameters"]["unet"]
