@@ -31,9 +31,10 @@ def model(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def float32():
+def float32(monkeypatch):
     """And accelerate, which has one precision a process, begins anew."""
     torch.set_default_dtype(torch.float32)
+    monkeypatch.setattr(sd15.Watch, "STEPS", 2)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -55,7 +56,7 @@ def short(folder, out, **changes):
 def run(model, tmp_path_factory):
     """A run, and its outcome."""
     torch.set_default_dtype(torch.float32)
-    return train(short(model, tmp_path_factory.mktemp("runs") / "run"))
+    return train(short(model, tmp_path_factory.mktemp("runs") / "run"))  # with pictures as they are for users
 
 
 def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
@@ -128,7 +129,7 @@ def test_a_stopped_run_goes_on(model, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": ("group=2",)},
+        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": ("group=2", "nodes=8")},
         pytest.param(
             {"algorithm": "ppo", "options": ("updates=1", "nodes=8", "evaluation.critic_updates=1")},
             marks=pytest.mark.long,
