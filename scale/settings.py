@@ -177,6 +177,8 @@ class Settings:
         if not isinstance(given, dict) or (unknown := given.keys() - names):
             raise ValueError(f"config: {file} must set {', '.join(sorted(names))}; got {unknown or given!r}")
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+        numbers = {f.name for f in dataclasses.fields(Settings) if isinstance(f.default, float)}
+        given |= {k: float(v) for k, v in given.items() if k in numbers}  # 1e-5 without a point is text to YAML
         if given.get("model") == "embedded":
             given["model"] = str(ASSETS / "tiny-sd")
         return Settings(**given)

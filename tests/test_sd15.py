@@ -214,9 +214,9 @@ def test_what_cannot_be_is_said_before_training(model, tmp_path, changes, messag
 
 
 def test_settings_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text("model: here\nsteps: 7\neval_steps: [3, 4]\noptions: [nodes=8]\n")
+    (tmp_path / "mine.yaml").write_text("model: here\nlr: 1e-5\nsteps: 7\neval_steps: [3, 4]\noptions: [nodes=8]\n")
     s = settings_of(["--config", str(tmp_path / "mine.yaml"), "--steps", "9"])
-    assert (s.model, s.steps, s.eval_steps, s.options) == ("here", 9, (3, 4), ("nodes=8",))
+    assert (s.model, s.lr, s.steps, s.eval_steps, s.options) == ("here", 1e-5, 9, (3, 4), ("nodes=8",))
     (tmp_path / "mine.json").write_text(json.dumps({"guidance": 3.0}))
     assert settings_of(["--config", str(tmp_path / "mine.json")]).guidance == 3.0
     (tmp_path / "wrong.yaml").write_text("stepz: 7")
