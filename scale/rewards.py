@@ -214,7 +214,10 @@ def _one(name: str, python: str | None) -> Reward:
     if python is not None and (key not in NAMES or key == "imagereward"):
         return Elsewhere(python, name)
     if key in NAMES:
-        return NAMES[key](model or None)
+        try:
+            return NAMES[key](model or None)
+        except OSError as wrong:
+            raise ValueError(f"{name}: its model cannot be had; name a folder, {key}=FOLDER ({wrong})") from wrong
     try:
         return reward_worker.load(name)
     except (ImportError, AttributeError) as wrong:

@@ -35,7 +35,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from ctrl import NetworkCritic, Solver, StructuredCritic
+from ctrl import NetworkCritic, Solver, StructuredCritic, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, KLBudget
 from ctrl.fit import Run, fit
 from ctrl.fit import Settings as FitSettings
@@ -158,6 +158,8 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     eval_prompts = prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
     optimizer = optimizer_of(s)
     algorithm_of(s, True)
+    if not s.resume and checkpoint.newest(s.out):
+        raise ValueError(f"out: {s.out} holds a run already; go on with --resume, or take another folder")
     rewards = rewards_of(s, reward)
     pipeline = pipeline_of(s, accelerator.device)
     solver = solver_of(s, pipeline)
@@ -283,7 +285,7 @@ def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation
         for p in (untuned, task.pipeline)
     ]
     report.html(s.out / "report.html", s.plain(), history, found, sides)
-    print(found.summary(), f"-> {s.out / 'report.html'}, {s.out / 'pipeline'}", sep="\n")
+    print(found.summary(), f"-> {s.out / 'report.html'}, {s.out / ('lora' if s.lora else 'pipeline')}", sep="\n")
     return found
 
 

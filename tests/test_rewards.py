@@ -159,6 +159,7 @@ def test_what_fails_elsewhere_is_told_here(mine, pictures):
         ("not_there:f", "cannot be imported: No module named"),
         ("math:not_there", "cannot be imported: module 'math' has no attribute"),
         ("imagereward", "pip install image-reward"),
+        ("clip-score=./not_there", "its model cannot be had; name a folder, clip-score=FOLDER"),
     ],
 )
 def test_what_cannot_be_had_is_refused(text, message):

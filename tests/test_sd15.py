@@ -119,8 +119,10 @@ def test_a_stopped_run_goes_on(model, tmp_path):
     """To the same end as one that was not stopped."""
     whole = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1))
     (tmp_path / "whole" / "checkpoints" / "epoch-000002").rename(tmp_path / "later")
-    with pytest.raises(ValueError, match="resume=True, or another folder"):
-        train(short(model, tmp_path / "whole", epochs=2))
+    before = (tmp_path / "whole" / "config.json").read_text()
+    with pytest.raises(ValueError, match="go on with --resume, or take another folder"):
+        train(short(model, tmp_path / "whole", epochs=2, beta=0.2))
+    assert (tmp_path / "whole" / "config.json").read_text() == before
     again = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1, resume=True))
     for p, q in zip(whole.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):
         assert torch.equal(p, q)
