@@ -1,42 +1,137 @@
 """Checkpoints of a run: what it needs to go on as if it had not stopped.
 
 OUT/checkpoints/epoch-000010/ holds what accelerate keeps (models, optimisers, scaler, random states of each process),
-the averaged policy, the trajectories in store (a file a process) and progress.json. It is written beside its final
-place and renamed, so that a folder of that name is whole. Whatever is drawn is keyed by (seed, epoch, sample) and the
-learning rate is a function of the epoch, so neither has a state to keep. The oldest batch in store is not written if
-the next epoch would push it out.
+the averaged policy, the trajectories in store (a file a process), progress.json, and manifest.json with the sha256 of
+all of them. It is written beside its final place, brought to disk and renamed, so a run that is killed leaves none of
+that name that is not whole; what happens to one later, its manifest shows, and then the one before it serves. Nothing
+is unpickled but tensors and numbers. The last few are kept, and the best.
+
+Whatever is drawn is keyed by (seed, epoch, sample), and the learning rate and a KL budget's beta are functions of the
+epochs so far, so none of these has a state to keep. The oldest batch in store is not written if the next epoch would
+push it out.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from ctrl.replay import Batch
 from ctrl.rollout import Trajectory
+from ctrl.stops import RunFailed
 
 if TYPE_CHECKING:
     from ctrl.fit import Run
 
+FORMAT = 2
+"""Of the folder; another one is refused."""
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _PATH = ("t", "x", "a", "xi", "w", "ids", "reward")
 
 
+def folders(out: Path) -> list[Path]:
+    """The checkpoints of a run's folder, newest first."""
+    return sorted((p for p in (out / "checkpoints").glob("epoch-*") if not p.suffix), reverse=True)
+
+
 def newest(out: Path) -> Path | None:
-    """The last whole checkpoint of a run's folder."""
-    return max((p for p in (out / "checkpoints").glob("epoch-*") if p.suffix != ".part"), default=None)
+    """The last checkpoint that is whole. One that is not is passed over with a warning; if there are some and none is,
+    that is an error: to begin anew is for the user to say."""
+    found = folders(out)
+    for folder in found:
+        fault = broken(folder)
+        if fault is None:
+            return folder
+        warnings.warn(f"checkpoint {folder} is passed over: {fault}", stacklevel=2)
+    if found:
+        raise ValueError(
+            f"none of the {len(found)} checkpoints in {out / 'checkpoints'} is whole: begin in another folder"
+        )
+    return None
+
+
+def clear(run: Run) -> None:
+    """Delete what another run left in the folder; every process calls it."""
+    assert run.settings.out is not None
+    if run.accelerator.is_main_process:
+        for name in ("checkpoints", "not-finite"):
+            shutil.rmtree(run.settings.out / name, ignore_errors=True)
+        (run.settings.out / "metrics.jsonl").unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
+
+
+def check_room(run: Run) -> None:
+    """Raise unless the disk has room for the checkpoints to come: weights, two moments of those trained, the average,
+    and the trajectories in store with four fields beside their states."""
+    s = run.settings
+    assert s.out is not None
+    weights = sum(v.nbytes for learner in run.learners.values() for v in learner.model.state_dict().values())
+    moments = sum(2 * p.nbytes for learner in run.learners.values() for p in learner.trained)
+    average = 0 if run.ema is None else sum(v.nbytes for v in run.ema.state_dict().values())
+    kept = (run.algorithm.keep - 1) * s.samples * (s.steps + 1) * math.prod(run.problem.shape) * 6 * 4
+    need = weights + moments + average + kept
+    count = max(1, s.keep_checkpoints + 2 - len(folders(s.out)))  # the last ones, the best, and one that is written
+    there = next(p for p in (s.out.absolute(), *s.out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if free < count * need:
+        raise ValueError(
+            f"settings.out = {s.out}: {count} checkpoints of {need / 1e9:.2f} GB do not go into the "
+            f"{free / 1e9:.2f} GB that are free there; take another disk, or fewer keep_checkpoints"
+        )
+
+
+def broken(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, if anything is: every file must be as its manifest has it."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        digests = {str(name): str(digest) for name, digest in manifest.items()}
+    except (OSError, ValueError, AttributeError):
+        return f"{MANIFEST} is missing or torn"
+    for name, digest in digests.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if _sha256(file) != digest:
+            return f"{name} is not what was written"
+    return None if PROGRESS in digests else f"{MANIFEST} is not of a checkpoint"
 
 
 def save(run: Run) -> None:
-    """Write a checkpoint of this epoch; every process calls it."""
+    """Write a checkpoint of this epoch, and drop old ones; every process calls it. If that fails, those there are stay
+    whole."""
     assert run.settings.out is not None
     final = run.settings.out / "checkpoints" / f"epoch-{run.epoch:06d}"
     part = final.with_suffix(".part")
+    try:
+        _write(run, part)
+        if run.accelerator.is_main_process:
+            _seal(run.settings.out, part, final)
+    except (OSError, RuntimeError, SafetensorError) as wrong:
+        shutil.rmtree(part, ignore_errors=True)
+        free = shutil.disk_usage(run.settings.out).free / 1e9
+        raise RunFailed(
+            f"the checkpoint of epoch {run.epoch} could not be written to {final.parent} ({free:.2f} GB are free "
+            f"there): {wrong}. Those before it are whole: make room, and resume"
+        ) from wrong
+    run.accelerator.wait_for_everyone()
+    if run.accelerator.is_main_process:
+        _prune(run)
+
+
+def _write(run: Run, part: Path) -> None:
+    """Every process's files."""
     if run.accelerator.is_main_process:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -48,12 +143,68 @@ def save(run: Run) -> None:
     if run.accelerator.is_main_process:
         if run.ema is not None:
             save_model(run.ema, str(part / "ema.safetensors"))
-        progress = {"epoch": run.epoch, "counts": run.counts, "must_agree": _must_agree(run)}
-        (part / "progress.json").write_text(json.dumps(progress))
+        progress = {"epoch": run.epoch, "counts": run.counts, "strikes": run.strikes, "must_agree": _must_agree(run)}
+        (part / PROGRESS).write_text(json.dumps(progress))
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        os.replace(part, final)
-    run.accelerator.wait_for_everyone()
+
+
+def _seal(out: Path, part: Path, final: Path) -> None:
+    """Everything on disk, and the metrics so far; then its name."""
+    (part / MANIFEST).write_text(json.dumps(manifest(part), indent=1))
+    for file in (*part.rglob("*"), out / "metrics.jsonl", part):
+        _sync(file)
+    if final.exists():  # one that was passed over
+        _drop(final)
+    os.replace(part, final)
+    _sync(final.parent)
+
+
+def manifest(folder: Path) -> dict[str, str]:
+    """The sha256 of every file but the manifest, by name."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+
+
+def _prune(run: Run) -> None:
+    """Drop all but the last `keep_checkpoints` and the best."""
+    assert run.settings.out is not None
+    found = folders(run.settings.out)
+    best = max(found, key=lambda folder: (merit(run, folder), folder))
+    for folder in found[run.settings.keep_checkpoints :]:
+        if folder != best:
+            _drop(folder)
+
+
+def merit(run: Run, folder: Path) -> float:
+    """Reward less what its KL cost, beta KL, in the epoch that the checkpoint ended."""
+    epoch = int(folder.name.removeprefix("epoch-"))
+    metrics = run.history[epoch - 1] if 0 < epoch <= len(run.history) else {}
+    beta = metrics.get("beta", getattr(run.problem, "beta", 0.0))
+    return float(metrics.get("reward", -torch.inf)) - beta * metrics.get("kl", 0.0)
+
+
+def _drop(folder: Path) -> None:
+    """Its name goes first, so that what is left of it, if this is broken off, is no checkpoint."""
+    old = folder.with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    os.replace(folder, old)
+    shutil.rmtree(old)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """To the disk, a folder's list of names included."""
+    if not path.exists():
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -70,22 +221,25 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_newest(run: Run) -> None:
     """Bring a run back to its newest checkpoint; a run without one starts from the beginning."""
     assert run.settings.out is not None
-    folder = newest(run.settings.out)
+    found = [newest(run.settings.out) if run.accelerator.is_main_process else None]
+    (folder,) = broadcast_object_list(found)
     if folder is not None:
         _load(run, folder)
     _truncate(run)
 
 
 def _load(run: Run, folder: Path) -> None:
-    progress, here = json.loads((folder / "progress.json").read_text()), _must_agree(run)
-    for name, value in progress["must_agree"].items():
-        if here[name] != value:
+    progress, here = json.loads((folder / PROGRESS).read_text()), _must_agree(run)
+    there = progress["must_agree"]
+    for name in ("format", *here):
+        if there.get(name) != here[name]:
             raise ValueError(
-                f"{folder} was written with {name} = {value}, this run has {here[name]}: resume with the same, or "
-                f"start in another folder"
+                f"{folder} was written with {name} = {there.get(name)}, this run has {here[name]}: resume with the "
+                f"same, or start in another folder"
             )
     run.accelerator.load_state(str(folder))
-    run.epoch, run.counts = progress["epoch"], progress["counts"]
+    run.epoch = run.kept = progress["epoch"]
+    run.counts, run.strikes = progress["counts"], progress["strikes"]
     stored = load_file(folder / f"replay-{run.replay.rank}.safetensors")
     slots = 1 + max((int(name.partition(".")[0]) for name in stored), default=-1)
     run.replay.batches = [
@@ -100,9 +254,30 @@ def _must_agree(run: Run) -> dict[str, Any]:
     """What an interrupted run and the one that goes on must have in common."""
     s = run.settings
     return {
-        "processes": run.replay.world, "samples": s.samples, "steps": s.steps, "seed": s.seed, "ema": s.ema,
-        "algorithm": type(run.algorithm).__name__, "learners": sorted(run.learners),
+        "format": FORMAT, "processes": run.replay.world, "samples": s.samples, "steps": s.steps, "seed": s.seed,
+        "ema": s.ema, "algorithm": type(run.algorithm).__name__, "learners": sorted(run.learners),
+        "shapes": {name: _shapes(learner.model) for name, learner in run.learners.items()},
+        "reference": run.reference_id,
     }  # fmt: skip
+
+
+def _shapes(model: nn.Module) -> str:
+    """A digest of the names, shapes and dtypes of a model's tensors."""
+    text = json.dumps([(name, list(v.shape), str(v.dtype)) for name, v in model.state_dict().items()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def identity(model: Any) -> str:
+    """A digest of what a model holds and is not trained, bit by bit; of anything else, its type."""
+    if not isinstance(model, nn.Module):
+        return type(model).__name__
+    found = hashlib.sha256()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    for name, v in model.state_dict().items():
+        if name not in trained and not v.is_meta:  # offloaded weights are elsewhere
+            found.update(name.encode())
+            found.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def _tensors(batch: Batch) -> dict[str, Tensor]:
@@ -123,7 +298,14 @@ def _truncate(run: Run) -> None:
     assert run.settings.out is not None
     file = run.settings.out / "metrics.jsonl"
     lines = file.read_text().splitlines(keepends=True)[: run.epoch] if file.exists() else []
-    run.history = [json.loads(line) for line in lines]
+    try:
+        run.history = [json.loads(line) for line in lines]
+    except ValueError as wrong:
+        raise ValueError(f"{file} is no longer what was written: {wrong}. Begin in another folder") from wrong
+    if [metrics.get("epoch") for metrics in run.history] != list(range(1, run.epoch + 1)):
+        raise ValueError(
+            f"{file} has lost lines: a checkpoint of epoch {run.epoch} goes with as many. Begin in another folder"
+        )
     run.accelerator.wait_for_everyone()  # everyone has read it
     if run.accelerator.is_main_process and file.exists():
         part = file.with_suffix(".part")

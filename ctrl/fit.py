@@ -6,6 +6,9 @@ A toy problem and Stable Diffusion go through this same function. An epoch is: s
 current policy, ask the reward, put them in store, let the algorithm learn. Everything that is drawn is drawn by
 (seed, epoch, sample), losses are summed over nodes and divided by the global count, and gradients are added up over
 processes; so the run does not depend on micro-batches, on the number of processes, or on having been interrupted.
+
+With a folder to write to, SIGTERM and SIGINT let the epoch end, keep it and exit (`ctrl.stops`); what leaves the
+numbers is left out, and kept for inspection (`ctrl.guards`); a reward that fails loses nothing that was learned.
 """
 
 from __future__ import annotations
@@ -16,16 +19,19 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ctrl import checkpoint, grids
+from ctrl import checkpoint, grids, guards
 from ctrl.algorithms.base import Algorithm
+from ctrl.fields import check_fields
 from ctrl.gaussian import GaussianPolicy
 from ctrl.grids import node_weights
 from ctrl.noise import GRID, Noise
@@ -34,6 +40,7 @@ from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
 from ctrl.rollout import NotFinite, batch_times, concatenate, rollout
 from ctrl.solvers import Heun, Solver
+from ctrl.stops import TIME_UP, RunFailed, Stopped, Stops
 from ctrl.value import Critic
 
 Conditions = Callable[[Tensor], Any]
@@ -49,6 +56,13 @@ Callback = Callable[["Run", dict[str, Any]], None]
 """callback(run, metrics), after every epoch."""
 
 
+_KINDS = {
+    kind for kind in DistributedType
+    if kind.name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU")
+}  # fmt: skip
+"""Each process has a whole model."""
+
+
 def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer:
     """Adam, all parameters in one kernel."""
     return torch.optim.Adam(parameters, lr=lr, fused=True)
@@ -57,6 +71,16 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer
 def linear_decay(progress: float) -> float:
     """From 1 to 0.1 over the run."""
     return 1 - 0.9 * progress
+
+
+_LIMITS = {
+    **dict.fromkeys(
+        ("epochs", "samples", "steps", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "patience"),
+        ">= 1",
+    ),
+    **dict.fromkeys(("lr", "critic_lr"), ">= 0"), **dict.fromkeys(("max_grad_norm", "max_hours"), "in (0, inf]"),
+    "mismatch": "in [0, inf]", "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "seed": ">= 0",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +105,11 @@ class Settings:
         seed: of everything that is drawn.
         out: folder for metrics.jsonl and checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; the last epoch always makes one.
+        keep_checkpoints: how many of the last are kept; the best one is besides.
+        max_hours: end before an epoch that would go over this; the run can be resumed.
+        patience: how many times in a row a rollout, or an update of a model, may leave the numbers.
+        mismatch: how far apart, in nats on a path, the policy may be in rollouts and in updates, over what rounding
+            explains (`ctrl.guards.same_policy`).
         progress: show a bar.
     """
 
@@ -101,21 +130,16 @@ class Settings:
     seed: int = 0
     out: Path | None = None
     checkpoint_every: int = 10
+    keep_checkpoints: int = 2
+    max_hours: float | None = None
+    patience: int = 3
+    mismatch: float = 1e-3
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "samples", "steps", "batch", "micro_batch", "checkpoint_every"):
-            value = getattr(self, name)
-            if not (isinstance(value, int) and value >= 1):
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
-        if not self.max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm must be > 0, got {self.max_grad_norm}")
-        if not 0 <= self.jitter < 0.5:
-            raise ValueError(f"jitter must lie in [0, 0.5), got {self.jitter}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1), got {self.ema}")
         if self.out is not None:
             object.__setattr__(self, "out", Path(self.out))
+        check_fields(self, _LIMITS)
 
 
 @dataclass
@@ -160,6 +184,11 @@ class Run:
                 f"samples must be at least one for each of the {accelerator.num_processes} processes, "
                 f"got {settings.samples}"
             )
+        if accelerator.distributed_type not in _KINDS:
+            raise ValueError(
+                f"accelerator: {accelerator.distributed_type} splits a model over processes, and fit adds up whole "
+                f"gradients itself: take multi-GPU, and gradient checkpointing, LoRA or offloading for memory"
+            )
         if accelerator.gradient_accumulation_steps != 1:
             raise ValueError(
                 "accelerator must have gradient_accumulation_steps = 1: memory is bounded by settings.micro_batch"
@@ -175,12 +204,19 @@ class Run:
             self.learners["critic"] = self._learner(model, settings.critic_lr)
         self.ema = copy.deepcopy(policy).requires_grad_(False) if settings.ema else None
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
-        self.epoch = 0
+        self.epoch = self.kept = 0
         # a network call is policy, reference or critic at one node; an optimiser step counts each of its nodes once
         self.counts = {"trajectories": 0, "network_calls": 0, "reward_calls": 0}
         self.history: list[dict[str, Any]] = []
+        self.strikes: dict[str, int] = {}
+        self.stops = Stops(settings.max_hours, listen=settings.out is not None)
         self._logged: dict[str, list[float]] = {}
         self._deck = torch.Generator()
+
+    @cached_property
+    def reference_id(self) -> str:
+        """Which reference this is."""
+        return checkpoint.identity(getattr(self.problem, "reference", None))
 
     def _learner(self, model: nn.Module, lr: float) -> Learner:
         trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
@@ -203,7 +239,7 @@ class Run:
     # what an epoch does
 
     def step_epoch(self) -> dict[str, Any]:
-        """Collect, learn, and say how it went."""
+        """Collect, learn, and say how it went. If nothing could be collected, nothing is learned."""
         began, settings = time.perf_counter(), self.settings
         factor = settings.schedule(self.epoch / settings.epochs)
         for learner in self.learners.values():
@@ -211,12 +247,50 @@ class Run:
                 group["lr"] = learner.lr * factor
         self._deck.manual_seed(Noise(settings.seed, self.epoch).word(GRID, 1))
         self._logged = {}
-        self.replay.add(self.collect(), self.algorithm.keep)
-        self.algorithm.learn(self)
+        if (batch := self._collected()) is not None:
+            guards.same_policy(self, batch)
+            self.replay.add(batch, self.algorithm.keep)
+            self.algorithm.learn(self)
         self.epoch += 1
         metrics = {"epoch": self.epoch, **self.counts, **self._summary(), "seconds": time.perf_counter() - began}
         self.history.append(metrics)
         return metrics
+
+    def _collected(self) -> Batch | None:
+        """This process's share of an epoch's trajectories; nothing, if some of any process left the numbers. Any other
+        failure ends the run: nothing has moved since the last epoch, which is kept."""
+        batch, failure = None, None
+        try:
+            batch = self.collect()
+        except Exception as error:
+            failure = error
+        left = failure if isinstance(failure, NotFinite) else None
+        if self.any(failure is not left):
+            self.save()
+            raise failure or RunFailed("another process failed in its rollout or reward: its message says how")
+        if self.any(left is not None):
+            try:
+                guards.strike(self, "rollout", left)
+            except NotFinite:
+                self.save()
+                raise
+            return None
+        self.strikes["rollout"] = 0
+        assert batch is not None
+        self._look_at(batch)
+        return batch
+
+    def _look_at(self, batch: Batch) -> None:
+        """Metrics of what was collected: the mean and the spread of rewards, and of final states."""
+        self.counts["trajectories"] += self.settings.samples
+        self.counts["reward_calls"] += self.settings.samples
+        self.counts["network_calls"] += self.settings.samples * self.settings.steps * self.settings.solver.calls
+        reward, x = batch.trajectory.reward, batch.trajectory.x[-1]
+        assert reward is not None
+        self.log("reward", reward)
+        for name, v in {"reward_std": reward[None], "spread": x.flatten(1).T}.items():
+            off_centre = v - self.mean_over_samples(v)[:, None]
+            self.log(name, self.mean_over_samples(off_centre.square()).mean().sqrt())
 
     @torch.no_grad()
     def collect(self) -> Batch:
@@ -237,13 +311,7 @@ class Run:
                 path = rollout(self.problem, behaviour, times, noise, part, solver=settings.solver, cond=cond)
                 path = with_reward(path, self.problem.reward(path.x[-1], cond))
             paths.append(replace(path, cond=None))
-        self.counts["trajectories"] += settings.samples
-        self.counts["reward_calls"] += settings.samples
-        self.counts["network_calls"] += settings.samples * settings.steps * settings.solver.calls
-        path = concatenate(paths)
-        assert path.reward is not None
-        self.log("reward", path.reward)
-        return Batch(path)
+        return Batch(concatenate(paths))
 
     # what an algorithm may ask for
 
@@ -334,12 +402,14 @@ class Run:
             return
         learner = self.learners[name]
         total = self.backward(learner, loss, nodes, size)
-        norm = self.accelerator.clip_grad_norm_(learner.trained, self.settings.max_grad_norm)
-        if self.accelerator.scaler is None and not bool(torch.isfinite(norm + total)):
-            raise NotFinite(
-                f"the {name}'s loss or its gradient is not finite in epoch {self.epoch + 1} (loss {float(total)}, "
-                f"gradient {float(norm)}): take a smaller learning rate, or look at what the {name} returns"
-            )
+        self.accelerator.unscale_gradients(learner.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None])
+        sound = total if self.accelerator.scaler else norm + total  # gradients that overflow are the scaler's to mend
+        if not bool(torch.isfinite(sound)):
+            guards.strike(self, name, guards.culprit(self, name, loss, nodes))
+            return
+        self.strikes[name] = 0
+        nn.utils.clip_grads_with_norm_(learner.trained, self.settings.max_grad_norm, norm)
         learner.optimizer.step()
         self.counts["network_calls"] += size
         if learner.optimizer.step_was_skipped:  # float16 overflowed; accelerate takes a smaller scale from here
@@ -382,6 +452,16 @@ class Run:
             for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
                 g.copy_(piece.view_as(g))
 
+    def any(self, here: bool) -> bool:
+        """Whether it is so on any process."""
+        return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)) > 0)
+
+    def save(self) -> None:
+        """Keep the last epoch, if there is a folder and it is not kept yet; every process calls it."""
+        if self.settings.out is not None and self.epoch > self.kept:
+            checkpoint.save(self)
+            self.kept = self.epoch
+
     def mean_over_samples(self, v: Tensor) -> Tensor:
         """The mean of v, (..., B), over the samples of all processes, (...)."""
         return self.accelerator.reduce(v.sum(-1)) / self.settings.samples
@@ -414,6 +494,7 @@ def fit(
     settings: Settings = Settings(),
     callbacks: Sequence[Callback] = (),
     resume: bool = False,
+    overwrite: bool = False,
     accelerator: Accelerator | None = None,
 ) -> Result:
     """Train a policy.
@@ -424,7 +505,8 @@ def fit(
         conditions: (n,) sample ids -> cond, anything that policy, reference and reward understand and `cond[index]`
             can pick from.
         callbacks: callback(run, metrics) after every epoch, on every process.
-        resume: go on from the newest checkpoint in `settings.out`, if there is one.
+        resume: go on from the newest whole checkpoint in `settings.out`, if there is one.
+        overwrite: begin anew in a folder that holds a run; what that left is deleted.
         accelerator: for devices, precision and processes; a plain one by default.
     """
 
@@ -435,30 +517,45 @@ def fit(
     algorithm.check(problem, settings.solver, critic)
     if resume and settings.out is None:
         raise ValueError("resume needs settings.out, the folder with the checkpoints")
-    if not resume and settings.out is not None and checkpoint.newest(settings.out):
+    if not (resume or overwrite) and settings.out is not None and checkpoint.folders(settings.out):
         raise ValueError(
-            f"settings.out = {settings.out} holds checkpoints already: pass resume=True, or another folder"
+            f"settings.out = {settings.out} holds checkpoints already: pass resume=True, overwrite=True, or another "
+            f"folder"
         )
     run = Run(problem, policy, algorithm, critic, conditions, settings, accelerator)
     if settings.out is not None:
+        if overwrite and not resume:
+            checkpoint.clear(run)
         checkpoint.load_newest(run)
+        checkpoint.check_room(run)
     bar = tqdm(
         total=settings.epochs, initial=run.epoch, disable=not (settings.progress and accelerator.is_main_process)
     )
-    with bar:
+    with bar, run.stops:
         while run.epoch < settings.epochs:
             metrics = run.step_epoch()
             _write(run, metrics)
-            if settings.out is not None and (
-                run.epoch % settings.checkpoint_every == 0 or run.epoch == settings.epochs
-            ):
-                checkpoint.save(run)
+            if run.epoch % settings.checkpoint_every == 0 or run.epoch == settings.epochs:
+                run.save()
             bar.update()
             shown: dict[str, str] = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
             bar.set_postfix({**shown, "samples/s": f"{settings.samples / metrics['seconds']:.3g}"})
             for callback in callbacks:
                 callback(run, metrics)
+            run.stops.epoch_ends()
+            _stop_if_asked(run)
     return Result(policy, critic, run.ema, run.history)
+
+
+def _stop_if_asked(run: Run) -> None:
+    """If any process was asked to, and there is something left to do: keep this epoch, and exit."""
+    if not run.any(bool(run.stops.code)) or run.epoch == run.settings.epochs:
+        return
+    run.save()
+    why = run.stops.why or "another process was asked to stop"
+    if run.accelerator.is_main_process:
+        tqdm.write(f"{why}: stopped after epoch {run.epoch} of {run.settings.epochs}, which is kept; resume goes on")
+    raise Stopped(run.stops.code or TIME_UP)
 
 
 def _write(run: Run, metrics: dict[str, Any]) -> None:
@@ -466,5 +563,11 @@ def _write(run: Run, metrics: dict[str, Any]) -> None:
     if run.settings.out is None or not run.accelerator.is_main_process:
         return
     run.settings.out.mkdir(parents=True, exist_ok=True)
-    with (run.settings.out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
+    try:
+        with (run.settings.out / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+    except OSError as wrong:
+        raise RunFailed(
+            f"metrics.jsonl could not be written to {run.settings.out}: {wrong}. The checkpoints are whole: make room, "
+            f"and resume"
+        ) from wrong

@@ -182,5 +182,8 @@ def with_reward(path: Trajectory, reward: Tensor) -> Trajectory:
     reward = reward.detach().to(path.x)
     bad = ~torch.isfinite(reward)
     if bool(bad.any()):
-        raise NotFinite(f"reward is not finite for sample id {int(path.ids[bad][0])}: it must be a number for every x")
+        raise NotFinite(
+            f"reward is not finite for sample id {int(path.ids[bad][0])}: it must be a number for every x",
+            x=path.x[-1][bad], ids=path.ids[bad], reward=reward[bad],
+        )  # fmt: skip
     return replace(path, reward=reward)

@@ -190,7 +190,12 @@ def _check_action(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> None:
 
 
 class NotFinite(ValueError):
-    """A run has left the numbers: a state, a reward, a loss or a gradient is infinite or not a number."""
+    """A run has left the numbers: a state, a reward, a loss or a gradient is infinite or not a number. `tensors` are
+    what to look at."""
+
+    def __init__(self, message: str, **tensors: Tensor) -> None:
+        super().__init__(message)
+        self.tensors = tensors
 
 
 def check_finite(trajectory: Trajectory) -> None:
@@ -201,5 +206,6 @@ def check_finite(trajectory: Trajectory) -> None:
     step, sample = (int(i) for i in bad.nonzero()[0])
     raise NotFinite(
         f"state x is not finite at step {step} (t = {float(trajectory.t[step]):.6g}), sample id "
-        f"{int(trajectory.ids[sample])}: look at the policy's output there, or take more steps"
-    )
+        f"{int(trajectory.ids[sample])}: look at the policy's output there, or take more steps",
+        t=trajectory.t, x=trajectory.x[:, sample], ids=trajectory.ids[sample : sample + 1],
+    )  # fmt: skip

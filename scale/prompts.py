@@ -14,6 +14,7 @@ import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def read(source: str) -> list[Prompt]:
     if reader is None:
         if not source.strip():
             raise ValueError("prompts must be a file, a prompt, or one of " + ", ".join(NAMES) + "; it is empty")
+        if " " not in source and (near := get_close_matches(source, NAMES, 1, 0.75)):
+            raise ValueError(f"prompts: {source!r} is no list; did you mean {near[0]!r}? A prompt may stand in a file")
         return [Prompt(source)]
     if not Path(source).is_file():
         raise ValueError(f"prompts: there is no file {source}")

@@ -13,11 +13,13 @@ import io
 import json
 import math
 import subprocess
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -26,6 +28,8 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from ctrl import NotFinite
+from ctrl.fields import one_of
+from ctrl.stops import RunFailed
 from scale import reward_worker, shapes
 from scale.prompts import Prompt
 
@@ -39,17 +43,85 @@ def ceiling_of(reward: Reward, prompts: Sequence[Prompt]) -> float | None:
     return None if known is None else float(known([p.text for p in prompts]))
 
 
+def name_of(reward: Reward) -> str:
+    """What to call it."""
+    return str(getattr(reward, "__name__", repr(reward)))
+
+
 def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """The rewards, (n,), one finite number a picture, or an error that names the reward and the picture's prompt."""
-    found = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
-    name, n = getattr(reward, "__name__", repr(reward)), len(images)
+    name, n = name_of(reward), len(images)
+    try:
+        found = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
+    except Exception as wrong:
+        texts = f"of {prompts[0].text!r} to {prompts[-1].text!r}"
+        raise RunFailed(f"reward {name} failed on {n} pictures, {texts}: {type(wrong).__name__}: {wrong}") from wrong
     if not torch.is_tensor(found) or found.shape != (n,):
         got = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
         raise ValueError(f"reward {name} must return a tensor of shape ({n},), one number a picture, got {got}")
+    if not found.is_floating_point():
+        raise ValueError(f"reward {name} must return floating-point numbers, got {found.dtype}")
+    if found.requires_grad and not getattr(reward, "differentiable", False):
+        raise ValueError(f"reward {name} has a gradient: return it detached, or say `differentiable = True`")
     if bool((bad := ~found.detach().isfinite()).any()):
         i = int(bad.nonzero()[0])
-        raise NotFinite(f"reward {name} is {float(found[i])} for picture {i} of {n}, of {prompts[i].text!r}")
+        raise NotFinite(
+            f"reward {name} is {float(found[i])} for picture {i} of {n}, of {prompts[i].text!r}",
+            images=images[bad], reward=found[bad],
+        )  # fmt: skip
     return found
+
+
+class Patient:
+    """A reward that is asked again when it fails, and given up after a time.
+
+    Args:
+        retries: how often it is asked again.
+        timeout: seconds a call may take; it then runs in a thread of its own.
+    """
+
+    def __init__(self, reward: Reward, retries: int = 0, timeout: float | None = None) -> None:
+        self.reward, self.retries, self.timeout = reward, retries, timeout
+        self.__name__ = name_of(reward)
+
+    def __getattr__(self, name: str) -> Any:  # differentiable, ceiling
+        if name == "reward":  # not made yet
+            raise AttributeError(name)
+        return getattr(self.reward, name)
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        for left in reversed(range(self.retries + 1)):
+            try:
+                return self.once(images, prompts, metadata)
+            except Exception as wrong:
+                if not left:
+                    raise
+                warnings.warn(f"reward {self.__name__}: {wrong}; asked again, {left} times more", stacklevel=2)
+        raise AssertionError
+
+    def once(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        """One call, within the time."""
+        if self.timeout is None:
+            return self.reward(images, prompts, metadata)
+        answer: Future[Tensor] = Future()
+        grad = torch.is_grad_enabled()  # a thread has its own
+
+        def work() -> None:
+            try:
+                with torch.set_grad_enabled(grad):
+                    answer.set_result(self.reward(images, prompts, metadata))
+            except Exception as wrong:
+                answer.set_exception(wrong)
+
+        Thread(target=work, daemon=True).start()
+        try:
+            return answer.result(self.timeout)
+        except TimeoutError:
+            if answer.done():
+                raise
+            if isinstance(self.reward, Elsewhere):
+                self.reward.close()
+            raise TimeoutError(f"no answer within {self.timeout:g} seconds (reward_timeout)") from None
 
 
 # ------------------------------------------------------------------------------------------ of the file
@@ -209,8 +281,8 @@ def _weight(text: str) -> float:
 
 def _one(name: str, python: str | None) -> Reward:
     key, _, model = name.partition("=")
-    if key not in NAMES and ":" not in name:
-        raise ValueError(f"{name!r} is neither module:function nor one of {', '.join(NAMES)}")
+    if ":" not in name:
+        one_of("a name without a colon (module:function)", key, NAMES)
     if python is not None and (key not in NAMES or key == "imagereward"):
         return Elsewhere(python, name)
     if key in NAMES:

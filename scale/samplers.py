@@ -26,6 +26,7 @@ from diffusers import (
 from torch import Tensor
 
 from ctrl import grids
+from ctrl.fields import one_of
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.solvers import Act, Solver
 
@@ -47,12 +48,16 @@ REFUSED = {
 }
 
 
-def sampler(name: str, pipeline: StableDiffusionPipeline) -> BlackBox:
-    """By name, under the pipeline's schedule, with steps spread from the first timestep on (`trailing`)."""
+def known(name: str) -> None:
+    """Raise unless there is such a sampler, and it can serve."""
     if name in REFUSED:
         raise ValueError(f"sampler {name!r} is of no use here: {REFUSED[name]}")
-    if name not in SAMPLERS:
-        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    one_of("sampler", name, SAMPLERS)
+
+
+def sampler(name: str, pipeline: StableDiffusionPipeline) -> BlackBox:
+    """By name, under the pipeline's schedule, with steps spread from the first timestep on (`trailing`)."""
+    known(name)
     kind, changes = SAMPLERS[name]
     given = pipeline.scheduler.config
     config = {name: given[name] for name in SCHEDULE if given.get(name) is not None}

@@ -39,14 +39,16 @@ from ctrl import NetworkCritic, Solver, StructuredCritic, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, KLBudget
 from ctrl.fit import Run, fit
 from ctrl.fit import Settings as FitSettings
+from ctrl.guards import Guards
 from ctrl.problem import ScoreAsAction
+from ctrl.stops import RunFailed
 from ctrl.value import Critic
 from scale import models, report
 from scale import prompts as prompt_lists
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
 from scale.evaluate import Evaluation, draw, evaluate
 from scale.prompts import Prompt
-from scale.rewards import Reward, ceiling_of, reward_of
+from scale.rewards import Patient, Reward, ceiling_of, reward_of
 from scale.samplers import BlackBox, sampler
 from scale.settings import ALGORITHMS, ASSETS, BOXED, EMBEDDED, GRIDS, LEARN_VALUES, SOLVERS, Settings
 
@@ -126,7 +128,9 @@ def adapters(unet: UNet2DConditionModel, rank: int) -> None:
 def rewards_of(s: Settings, given: Reward | None = None) -> dict[str, Reward]:
     """The one that is trained on, first, and the one that is looked at."""
     rewards = {"reward": given or reward_of(s.reward, s.reward_python)}
-    return rewards if s.other_reward is None else {**rewards, "other": reward_of(s.other_reward, s.reward_python)}
+    if s.other_reward is not None:
+        rewards["other"] = reward_of(s.other_reward, s.reward_python)
+    return {name: Patient(reward, s.reward_retries, s.reward_timeout) for name, reward in rewards.items()}
 
 
 def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
@@ -158,9 +162,16 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     eval_prompts = prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
     optimizer = optimizer_of(s)
     algorithm_of(s, True)
-    if not s.resume and checkpoint.newest(s.out):
-        raise ValueError(f"out: {s.out} holds a run already; go on with --resume, or take another folder")
+    s.check_places()
+    s.check_resumed()
+    if not (s.resume or s.overwrite) and checkpoint.folders(s.out):
+        raise ValueError(
+            f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
+        )
     rewards = rewards_of(s, reward)
+    differentiable = bool(getattr(rewards["reward"], "differentiable", False))
+    if s.algorithm == "adjoint-matching" and not differentiable:
+        raise ValueError(f"reward {s.reward} has no gradient, which adjoint-matching needs: take actor-critic")
     pipeline = pipeline_of(s, accelerator.device)
     solver = solver_of(s, pipeline)
     box = solver if isinstance(solver, BlackBox) else None
@@ -170,7 +181,6 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     reference = policy.frozen()
     if s.offload_reference and not s.lora:
         cpu_offload(reference.unet, execution_device=accelerator.device)
-    differentiable = bool(getattr(rewards["reward"], "differentiable", False))
     judged = Decoded(pipeline.vae, rewards["reward"], differentiable=differentiable, chunk=s.batch)
     task = problem(reference, judged, beta=s.beta, eta=eta)
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
@@ -180,6 +190,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
         epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else GRIDS[s.grid],
         jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, optimizer=optimizer, ema=s.ema, batch=s.batch,
         micro_batch=s.micro_batch, seed=s.seed, out=s.out, checkpoint_every=s.checkpoint_every,
+        keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
     )  # fmt: skip
     algorithm.check(task, solver, critic)
     return Task(pipeline, policy, task, critic, algorithm, conditions, prompts, eval_prompts, rewards, settings)
@@ -213,16 +224,17 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     if accelerator.is_main_process:
         s.out.mkdir(parents=True, exist_ok=True)
         (s.out / "config.json").write_text(json.dumps(s.plain(), indent=2) + "\n")
-        every, trained = (sum(p.numel() for p in task.policy.unet.parameters() if p.requires_grad or not only) / 1e6
-                          for only in (False, True))  # fmt: skip
-        print(f"{trained:.2f} M of the UNet's {every:.2f} M weights, by {s.algorithm} on {s.reward}, in {s.out}")
+        weights = list(task.policy.unet.parameters())
+        every, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+        print(f"{trained / 1e6:.2f} M of {every / 1e6:.2f} M weights, by {s.algorithm} on {s.reward}, in {s.out}")
     if s.log_with != "none":
         accelerator.init_trackers("sd15", {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
     if s.pretrain:
         pretrain(s, task, accelerator)
     result = fit(
         task.problem, task.policy, task.algorithm, critic=task.critic, conditions=task.conditions, settings=task.fit,
-        callbacks=[Watch(s, task, accelerator)], resume=s.resume, accelerator=accelerator,
+        callbacks=[Watch(s, task, accelerator), guards_of(s)], resume=s.resume, overwrite=s.overwrite,
+        accelerator=accelerator,
     )  # fmt: skip
     if result.ema is not None:
         task.policy.load_state_dict(result.ema.state_dict())
@@ -243,8 +255,14 @@ def pretrain(s: Settings, task: Task, accelerator: Accelerator) -> None:
     settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
     fit(
         task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
-        resume=s.resume, accelerator=accelerator,
+        resume=s.resume, overwrite=s.overwrite, accelerator=accelerator,
     )  # fmt: skip
+
+
+def guards_of(s: Settings) -> Guards:
+    """What is warned of."""
+    kl = math.inf if s.max_kl is None else s.max_kl
+    return Guards(kl=kl, diversity=s.min_diversity, stop=s.stop_on_collapse)
 
 
 class Watch:
@@ -466,7 +484,7 @@ if __name__ == "__main__":
         library.utils.logging.set_verbosity_error()  # scale.models says what is wrong with a model
     try:
         main(sys.argv[1:])
-    except ValueError as wrong:
+    except (ValueError, RunFailed) as wrong:
         if os.environ.get("DEBUG"):
             raise
         sys.exit(str(wrong))

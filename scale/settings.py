@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +24,8 @@ from ctrl.algorithms import (
     PPOClip,
     PPOPenalty,
 )
+from ctrl.fields import check_fields, one_of
+from scale.samplers import known
 
 ASSETS = Path(__file__).with_name("assets")
 EMBEDDED = ASSETS / "tiny-sd.yaml"
@@ -34,6 +39,22 @@ LEARN_VALUES = ("actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-i
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
 GRIDS = {"log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform}
+LIMITS = {
+    **dict.fromkeys(
+        ("critic_width", "epochs", "samples", "in_a_row", "batch", "micro_batch", "checkpoint_every",
+         "keep_checkpoints", "eval_headline"), ">= 1",
+    ),
+    **dict.fromkeys(("pretrain", "lora", "pictures_every", "reward_retries", "eta", "lr", "critic_lr", "seed"), ">= 0"),
+    **dict.fromkeys(("beta", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
+    **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "guidance": ">= 1",
+    "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
+}  # fmt: skip
+
+FREE = {
+    "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
+    "stop_on_collapse", "reward_retries", "reward_timeout", "pictures_every", "log_with", "other_reward", "dry_run",
+}  # fmt: skip
+"""What may change when a run is gone on with."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +69,17 @@ class Settings:
     """Which weight files, such as fp16; they are trained in float32 all the same."""
 
     reward: str = "pickscore"
-    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following (the
-    embedded model's pictures), NAME=MODEL for another model, module:function of yours, or "A + 0.1 * B"."""
+    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following or
+    following-soft (of the embedded model's pictures; the soft one has a gradient), NAME=MODEL for another model,
+    module:function of yours, or "A + 0.1 * B"."""
     other_reward: str | None = "clip-score"
     """A second one, looked at in the evaluation and not trained on: it shows what the first one cost."""
     reward_python: str | None = None
     """Another environment's interpreter, for a reward whose packages do not get along with these."""
+    reward_retries: int = 0
+    """How often a reward that fails is asked again before the run ends (what was learned is kept)."""
+    reward_timeout: float | None = None
+    """Seconds that a reward may take for a batch."""
     prompts: str = "animals"
     """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), a .txt, .csv or .jsonl file, or one
     prompt."""
@@ -123,9 +149,21 @@ class Settings:
     out: Path = Path("runs/sd15")
     """The run's folder."""
     resume: bool = False
-    """Go on from the run's last checkpoint, with the same settings."""
+    """Go on from the run's last whole checkpoint, with the same settings."""
+    overwrite: bool = False
+    """Begin anew in a folder that holds a run; what that left is deleted."""
     checkpoint_every: int = 10
     """Epochs."""
+    keep_checkpoints: int = 2
+    """How many of the last are kept, besides the best."""
+    max_hours: float | None = None
+    """End before an epoch that would go over this, as if by SIGTERM: the epoch is kept, `--resume` goes on."""
+    max_kl: float | None = None
+    """Path KL in nats over which a run warns."""
+    min_diversity: float = 0.5
+    """Part of their first spread below which latents make a run warn: it has collapsed."""
+    stop_on_collapse: bool = False
+    """End the run where it would warn; the best checkpoint is kept."""
     pictures_every: int = 10
     """Epochs between grids of pictures, always from the same noise; 0 draws none."""
     log_with: Literal["tensorboard", "wandb", "none"] = "tensorboard"
@@ -144,25 +182,44 @@ class Settings:
     """Only print these settings, and what they would need."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "out", Path(self.out))
-        for name, values in {"algorithm": ALGORITHMS, "solver": SOLVERS}.items():
-            value = getattr(self, name)
-            if value not in values and not (name == "solver" and value.startswith(BOXED)):
-                raise ValueError(f"{name} must be one of {', '.join(values)}, got {value!r}")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise ValueError(f"precision must be no, bf16 or fp16, got {self.precision!r}")
-        if not self.guidance >= 1:
-            raise ValueError(f"guidance must be >= 1 (1 is none), got {self.guidance}")
-        if self.steps < 2:
-            raise ValueError(f"steps must be >= 2: one step is no path to learn from, got {self.steps}")
-        if not (self.lora >= 0 and self.pretrain >= 0 and self.pictures_every >= 0):
-            raise ValueError("lora, pretrain and pictures_every must be >= 0")
-        if not self.beta > 0:
-            raise ValueError(f"beta must be > 0, or the policy forgets the model it came from; got {self.beta}")
-        if self.kl is not None and not self.kl > 0:
-            raise ValueError(f"kl must be > 0 nats, got {self.kl}")
-        if self.eval_samples < 2 or self.eval_grid_samples < 2:
-            raise ValueError("eval_samples and eval_grid_samples must be >= 2, for a standard error")
+        if isinstance(self.out, str):
+            object.__setattr__(self, "out", Path(self.out))
+        check_fields(self, LIMITS)
+        one_of("algorithm", self.algorithm, ALGORITHMS)
+        if self.solver.startswith(BOXED):
+            known(self.solver.removeprefix(BOXED))
+        else:
+            one_of("solver", self.solver, SOLVERS)
+        for name in self.eval_samplers:
+            known(name)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Raise at settings that exclude one another."""
+        boxed, noiseless = self.solver.startswith(BOXED), self.eta == 0
+        conflicts = {
+            "resume goes on with a run, overwrite deletes it: take one": self.resume and self.overwrite,
+            "offload_reference: with lora the reference is the same network, its adapters off": bool(
+                self.lora and self.offload_reference
+            ),
+            "algorithm ddpo needs the density of a step: take solver ddim, exponential or 2m": self.algorithm == "ddpo"
+            and (boxed or self.solver == "heun"),
+            "kl must be left out with eta = 0: without noise there is no path KL": self.kl is not None and noiseless,
+            "reward_python runs a reward elsewhere, so it has no gradient for adjoint-matching": (
+                self.algorithm == "adjoint-matching" and self.reward_python is not None and ":" in self.reward
+            ),
+        }
+        for conflict, here in conflicts.items():
+            if here:
+                raise ValueError(conflict)
+
+    def check_places(self) -> None:
+        """Raise unless what is to be written can be, and an interpreter is one."""
+        there = next(p for p in (self.out.absolute(), *self.out.absolute().parents) if p.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"out: {self.out} cannot be made: {there} is no folder that can be written to")
+        if self.reward_python is not None and shutil.which(self.reward_python) is None:
+            raise ValueError(f"reward_python {self.reward_python!r} is no program that can be run")
 
     @staticmethod
     def read(file: Path) -> Settings:
@@ -171,17 +228,35 @@ class Settings:
             raise ValueError(f"config: there is no file {file}")
         try:
             given = yaml.safe_load(file.read_text())  # JSON is YAML
-        except yaml.YAMLError as wrong:
+        except (yaml.YAMLError, UnicodeDecodeError) as wrong:
             raise ValueError(f"config: {file} is neither YAML nor JSON: {wrong}") from wrong
-        names = {f.name for f in dataclasses.fields(Settings)}
-        if not isinstance(given, dict) or (unknown := given.keys() - names):
-            raise ValueError(f"config: {file} must set {', '.join(sorted(names))}; got {unknown or given!r}")
+        if not isinstance(given, dict):
+            raise ValueError(f"config: {file} must have lines such as `epochs: 100`, got {given!r}")
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(Settings)}
+        for name in given:
+            one_of(f"config: {file}: what is set", str(name), kinds)
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        numbers = {f.name for f in dataclasses.fields(Settings) if isinstance(f.default, float)}
-        given |= {k: float(v) for k, v in given.items() if k in numbers}  # 1e-5 without a point is text to YAML
+        for name, value in given.items():
+            if "float" in kinds[name] and isinstance(value, str):  # 1e-5 without a point is text to YAML
+                with suppress(ValueError):
+                    given[name] = float(value)
         if given.get("model") == "embedded":
             given["model"] = str(ASSETS / "tiny-sd")
         return Settings(**given)
+
+    def check_resumed(self) -> None:
+        """Raise unless the run that is gone on with was made with the same, but for what does not matter to it."""
+        file = self.out / "config.json"
+        if not (self.resume and file.is_file()):
+            return
+        before, now = Settings.read(file).plain(), self.plain()
+        changed = [name for name in now if now[name] != before[name] and name not in FREE and name[:5] != "eval_"]
+        if changed:
+            name = changed[0]
+            raise ValueError(
+                f"{name} is {now[name]!r}, and was {before[name]!r} in {self.out}: resume with the same, or take "
+                f"another folder"
+            )
 
     def plain(self) -> dict[str, Any]:
         """As JSON and YAML have it."""

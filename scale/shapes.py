@@ -200,8 +200,8 @@ def ground_of(scene: Scene) -> Tensor:
 
 LEAST = 20
 """Pixels of a colour below which there is no object."""
-BLUR = 0.02
-"""Squared distance in colour over which a soft mask fades; the palette's colours are 0.1 and more apart."""
+BLUR = 0.04
+"""Squared distance in colour over which a soft mask fades: sharper ones have no slope where a colour is wrong."""
 
 
 @dataclass(frozen=True)

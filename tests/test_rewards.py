@@ -152,7 +152,7 @@ def test_what_fails_elsewhere_is_told_here(mine, pictures):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("beauty", "neither module:function nor one of jpeg-compressibility"),
+        ("beauty", r"a name without a colon \(module:function\) must be one of jpeg-compressibility"),
         ("following - 0.1 * jpeg-compressibility", "must be a number, got 'following - 0.1'; write differences as"),
         ("nan * following", "must be a number, got 'nan'"),
         ("following=/some/model", "has no model to be named"),

@@ -39,12 +39,12 @@ def float32(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def short(folder, out, **changes):
+def short(folder, run, **changes):
     """Two epochs of four pictures."""
     plain = {
         "model": str(folder), "reward": "following-soft", "other_reward": "jpeg-compressibility",
         "prompts": "shapes-doubtful-more", "eval_prompts": "shapes-doubtful", "epochs": 2, "samples": 4, "steps": 3,
-        "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": out, "eval_samples": 4,
+        "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": run, "eval_samples": 4,
         "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,),
         "critic_width": 8, "pictures_every": 1,
         "options": ("nodes=8", "critic_updates=1", "actor_updates=1"),
@@ -70,7 +70,7 @@ def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
     found = json.loads((run.out / "evaluation.json").read_text())
     rewarded = sd15.reward_of("following-soft")(drawn.images, [p.text for p in drawn.prompts], [])
     assert found["reward_after"] == pytest.approx(float(rewarded.mean()), rel=1e-5)
-    assert found["path_kl"] > 0 and found["gain_se"] > 0 and 0.9 < found["ceiling"] < 1
+    assert found["path_kl"] > 0 and found["gain_se"] > 0 and 0.8 < found["ceiling"] < 1
     assert [(row["sampler"], row["steps"]) for row in found["grid"]] == [("euler", 3)]
     assert type(alone.scheduler).__name__ == "PNDMScheduler"  # the model's own
 
@@ -120,9 +120,11 @@ def test_a_stopped_run_goes_on(model, tmp_path):
     whole = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1))
     (tmp_path / "whole" / "checkpoints" / "epoch-000002").rename(tmp_path / "later")
     before = (tmp_path / "whole" / "config.json").read_text()
-    with pytest.raises(ValueError, match="go on with --resume, or take another folder"):
+    with pytest.raises(ValueError, match="go on with --resume, --overwrite it, or take another folder"):
         train(short(model, tmp_path / "whole", epochs=2, beta=0.2))
     assert (tmp_path / "whole" / "config.json").read_text() == before
+    with pytest.raises(ValueError, match=r"beta is 0\.2, and was 0\.1 in"):
+        train(short(model, tmp_path / "whole", epochs=2, beta=0.2, resume=True))
     again = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1, resume=True))
     for p, q in zip(whole.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -198,13 +200,23 @@ def test_a_reward_of_ones_own(model, tmp_path):
         ({"options": ("magic=1",)}, "options: ActorCritic has critic_updates"),
         ({"options": ("nodes=many",)}, "options: nodes must be a number, as in nodes=256, got 'many'"),
         ({"prompts": "not_there.txt"}, "there is no file not_there.txt"),
-        ({"reward": "magic"}, "neither module:function nor one of"),
+        ({"reward": "magic"}, "must be one of jpeg-compressibility"),
         ({"model": "./not/there"}, "cannot be had|must be a folder"),
         ({"solver": "diffusers/lcm"}, "is of no use here"),
         ({"solver": "diffusers/magic"}, "sampler must be one of"),
         ({"solver": "diffusers/ddim", "kl": 1.0}, "no KL along its paths|noise"),
-        ({"algorithm": "ddpo", "solver": "heun", "options": ()}, "no transition density"),
-        ({"reward": "following", "algorithm": "adjoint-matching", "options": ()}, "differentiable"),
+        ({"algorithm": "ddpo", "solver": "heun", "options": ()}, "needs the density of a step: take solver ddim"),
+        ({"algorithm": "ddop"}, "did you mean 'ddpo'"),
+        ({"prompts": "animls"}, "did you mean 'animals'"),
+        ({"eval_samplers": ("unpic",)}, "did you mean 'unipc'"),
+        ({"resume": True, "overwrite": True}, "take one"),
+        ({"lora": 4, "offload_reference": True}, "its adapters off"),
+        ({"eta": 0.0, "kl": 1.0}, "without noise there is no path KL"),
+        ({"epochs": "ten"}, "epochs must be an integer, got 'ten'"),
+        ({"lr": float("nan")}, "lr must be a number"),
+        ({"out": "/dev/null/run"}, "no folder that can be written to"),
+        ({"reward_python": "/not/there"}, "no program that can be run"),
+        ({"reward": "following", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),
         ({"eight_bit": True}, "bitsandbytes"),
     ],
     ids=str,

@@ -51,7 +51,7 @@ class KLBudget(Algorithm):
 
     def beta(self, start: float, history: Sequence[dict[str, Any]]) -> float:
         """beta after the epochs of `history`."""
-        return adapted(start, [epoch["kl"] for epoch in history], self.nats, self.gain, self.limit)
+        return adapted(start, [epoch["kl"] for epoch in history if "kl" in epoch], self.nats, self.gain, self.limit)
 
     @property
     def keep(self) -> int:  # type: ignore[override]
