@@ -74,13 +74,14 @@ def clear(run: Run) -> None:
 
 def check_room(run: Run) -> None:
     """Raise unless the disk has room for the checkpoints to come: weights, two moments of those trained, the average,
-    and the trajectories in store with four fields beside their states."""
+    and the trajectories in store."""
     s = run.settings
     assert s.out is not None
     weights = sum(v.nbytes for learner in run.learners.values() for v in learner.model.state_dict().values())
     moments = sum(2 * p.nbytes for learner in run.learners.values() for p in learner.trained)
     average = 0 if run.ema is None else sum(v.nbytes for v in run.ema.state_dict().values())
-    kept = (run.algorithm.keep - 1) * s.samples * (s.steps + 1) * math.prod(run.problem.shape) * 6 * 4
+    state = math.prod(run.problem.shape) * torch.get_default_dtype().itemsize
+    kept = (run.algorithm.keep - 1) * s.samples * (s.steps + 1) * 7 * state  # x, a, xi and four fields
     need = weights + moments + average + kept
     count = max(1, s.keep_checkpoints + 2 - len(folders(s.out)))  # the last ones, the best, and one that is written
     there = next(p for p in (s.out.absolute(), *s.out.absolute().parents) if p.exists())

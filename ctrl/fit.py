@@ -137,8 +137,9 @@ class Settings:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        if self.out is not None:
-            object.__setattr__(self, "out", Path(self.out))
+        out: Any = self.out
+        if isinstance(out, str):
+            object.__setattr__(self, "out", Path(out))
         check_fields(self, _LIMITS)
 
 
@@ -193,8 +194,6 @@ class Run:
             raise ValueError(
                 "accelerator must have gradient_accumulation_steps = 1: memory is bounded by settings.micro_batch"
             )
-        if algorithm.keep < 1:
-            raise ValueError(f"keep must be at least one epoch of trajectories, got {algorithm.keep}")
         self.problem, self.algorithm, self.settings, self.accelerator = problem, algorithm, settings, accelerator
         self.conditions = conditions or (lambda ids: None)
         self.policy, self._critic = policy, critic
@@ -264,16 +263,12 @@ class Run:
             batch = self.collect()
         except Exception as error:
             failure = error
-        left = failure if isinstance(failure, NotFinite) else None
-        if self.any(failure is not left):
+        if self.any(failure is not None):
             self.save()
-            raise failure or RunFailed("another process failed in its rollout or reward: its message says how")
-        if self.any(left is not None):
-            try:
-                guards.strike(self, "rollout", left)
-            except NotFinite:
-                self.save()
-                raise
+            left = failure if isinstance(failure, NotFinite) else None
+            if self.any(failure is not left):
+                raise failure or RunFailed("another process failed in its rollout or reward: its message says how")
+            guards.strike(self, "rollout", left)
             return None
         self.strikes["rollout"] = 0
         assert batch is not None

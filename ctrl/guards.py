@@ -42,7 +42,7 @@ def same_policy(run: Run, batch: Batch) -> None:
     few = batch.take(torch.arange(min(batch.samples, FEW)))
     nodes = run.nodes(few, range(batch.steps))
     apart = _apart(run, nodes, torch.cat([*few.trajectory.a])).view(batch.steps, few.samples)  # type: ignore[misc]
-    mean, worst = float(apart.mean()), int(apart.argmax())
+    mean, worst = float(apart.sum() / few.samples), int(apart.argmax())
     allowed = run.settings.mismatch + rounding(run.problem, run.accelerator.mixed_precision)
     if run.any(not mean <= allowed):
         raise ValueError(
@@ -53,7 +53,7 @@ def same_policy(run: Run, batch: Batch) -> None:
 
 
 def _apart(run: Run, nodes: Nodes, acted: Tensor) -> Tensor:
-    """w times the KL rate between the actions of the rollout and those of an update, at each node, (n,)."""
+    """Each node's share of its path's KL between the actions of the rollout and those of an update, (n,)."""
     size = run.settings.micro_batch
     parts = []
     for i in range(0, len(nodes), size):
@@ -65,7 +65,7 @@ def _apart(run: Run, nodes: Nodes, acted: Tensor) -> Tensor:
             rate = dot(miss, run.problem.penalty(n.t).apply(miss)) / 2
         else:
             rate = kl_rate(run.problem, n.t, miss, torch.zeros_like(miss))
-        parts.append(n.w.to(rate) * rate)
+        parts.append(n.w.to(rate) / (run.settings.steps + 1) * rate)
     return torch.cat(parts)
 
 

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, Solver, StructuredCritic, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, KLBudget
+from ctrl.fields import check_fields
 from ctrl.fit import Run, fit
 from ctrl.fit import Settings as FitSettings
 from ctrl.guards import Guards
@@ -49,7 +50,7 @@ from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
 from scale.evaluate import Evaluation, draw, evaluate
 from scale.prompts import Prompt
 from scale.rewards import Patient, Reward, ceiling_of, reward_of
-from scale.samplers import BlackBox, sampler
+from scale.samplers import BlackBox, known, sampler
 from scale.settings import ALGORITHMS, ASSETS, BOXED, EMBEDDED, GRIDS, LEARN_VALUES, SOLVERS, Settings
 
 # ------------------------------------------------------------------------------------------ the parts
@@ -84,16 +85,17 @@ def algorithm_of(s: Settings, noisy: bool) -> Algorithm:
 def changed(what: Any, name: str, value: str) -> Any:
     """A dataclass with one number changed, `part.name` for one of a part's."""
     first, _, rest = name.partition(".")
-    known = {f.name: getattr(what, f.name) for f in dataclasses.fields(what)}
-    if rest and dataclasses.is_dataclass(known.get(first)):
-        return dataclasses.replace(what, **{first: changed(known[first], rest, value)})
-    if rest or not isinstance(known.get(name), int | float):
-        numbers = [n for n, v in known.items() if isinstance(v, int | float)]
+    now = {f.name: getattr(what, f.name) for f in dataclasses.fields(what)}
+    if rest and dataclasses.is_dataclass(now.get(first)):
+        return dataclasses.replace(what, **{first: changed(now[first], rest, value)})
+    if rest or not isinstance(now.get(name), int | float):
+        numbers = [n for n, v in now.items() if isinstance(v, int | float)]
         raise ValueError(f"options: {type(what).__name__} has {', '.join(numbers)}, got {name!r}")
     try:
-        return dataclasses.replace(what, **{name: type(known[name])(yaml.safe_load(value))})
-    except (TypeError, ValueError, yaml.YAMLError) as wrong:
-        raise ValueError(f"options: {name} must be a number, as in {name}={known[name]}, got {value!r}") from wrong
+        number = type(now[name])(yaml.safe_load(value))
+    except (TypeError, ValueError, OverflowError, yaml.YAMLError) as wrong:
+        raise ValueError(f"options: {name} must be a number, as in {name}={now[name]}, got {value!r}") from wrong
+    return dataclasses.replace(what, **{name: number})
 
 
 def solver_of(s: Settings, pipeline: StableDiffusionPipeline) -> Solver:
@@ -375,6 +377,9 @@ class Evaluate:
     out: Path | None = None
     """Where evaluation.json goes; by default the run's folder."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, {"samples": ">= 2", "grid_samples": ">= 2", "guidance": ">= 1"})
+
 
 def tuned(run: Path) -> tuple[Settings, StableDiffusionPipeline]:
     """A run's settings and its pipeline, loaded by diffusers alone."""
@@ -429,6 +434,10 @@ class Sample:
     """Of the model before."""
     out: Path | None = None
     """Where 0000.png ... and grid.png go; by default RUN/samples."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"n": ">= 1", "steps": ">= 1", "guidance": ">= 1", "seed": ">= 0"})
+        known(self.sampler)
 
 
 def sample(o: Sample) -> Path:

@@ -103,7 +103,7 @@ def test_a_run_without_a_checkpoint_starts_again(tmp_path):
 
 def test_what_is_written(tmp_path):
     """Checkpoints at the asked epochs and at the end; metrics as JSON, a line an epoch. A text names a folder."""
-    result = train(epochs=5, checkpoint_every=2, out=str(tmp_path), ema=0.5).result
+    result = train(epochs=5, checkpoint_every=2, keep_checkpoints=3, out=str(tmp_path), ema=0.5).result
     folders = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert folders == ["epoch-000002", "epoch-000004", "epoch-000005"]
     assert [json.loads(line) for line in lines(tmp_path)] == result.history
@@ -154,7 +154,7 @@ def test_an_accelerator_can_serve_twice(tmp_path):
 def test_checkpoints_are_not_overwritten(tmp_path):
     train(epochs=1, out=tmp_path)
     before = lines(tmp_path)
-    with pytest.raises(ValueError, match="holds checkpoints already: pass resume=True, or another folder"):
+    with pytest.raises(ValueError, match="holds checkpoints already: pass resume=True, overwrite=True, or"):
         train(built=(Untouched(), catalogue.get("mixture-2d").value), out=tmp_path)
     assert lines(tmp_path) == before
 
@@ -183,17 +183,68 @@ def test_the_learners_must_agree(tmp_path):
 
 def test_the_number_of_processes_must_agree(tmp_path):
     train(epochs=1, out=tmp_path)
-    progress = tmp_path / "checkpoints" / "epoch-000001" / "progress.json"
+    folder = tmp_path / "checkpoints" / "epoch-000001"
+    progress = folder / "progress.json"
     progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 2'))
+    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
     with pytest.raises(ValueError, match="processes = 2, this run has 1"):
         train(out=tmp_path, resume=True)
 
 
-def test_the_newest_is_the_last_epoch(tmp_path):
+def test_the_newest_comes_first(tmp_path):
     assert checkpoint.newest(tmp_path) is None
     for epoch in (9, 10, 200, 1000):
         (tmp_path / "checkpoints" / f"epoch-{epoch:06d}").mkdir(parents=True)
-    (tmp_path / "checkpoints" / "epoch-002000.part").mkdir()
-    assert checkpoint.newest(tmp_path).name == "epoch-001000"
-    shutil.rmtree(tmp_path / "checkpoints" / "epoch-001000")
-    assert checkpoint.newest(tmp_path).name == "epoch-000200"
+    for tail in ("part", "old"):
+        (tmp_path / "checkpoints" / f"epoch-002000.{tail}").mkdir()
+    names = [folder.name for folder in checkpoint.folders(tmp_path)]
+    assert names == ["epoch-001000", "epoch-000200", "epoch-000010", "epoch-000009"]
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    """The best has the largest reward less beta KL, in the epoch that it ends."""
+    run = train(**CASES["actor-critic"], epochs=8, checkpoint_every=2, keep_checkpoints=1, out=tmp_path, lr=0.3)
+    beta = catalogue.get("mixture-2d").problem.beta
+    merits = {m["epoch"]: m["reward"] - beta * m["kl"] for m in run.history if m["epoch"] % 2 == 0}
+    kept = {int(folder.name[-6:]) for folder in checkpoint.folders(tmp_path)}
+    assert kept == {8, max(merits, key=merits.get)}
+
+
+def test_another_run_is_overwritten_if_asked(tmp_path):
+    train(epochs=2, out=tmp_path, seed=1)
+    same_run(train(out=tmp_path, overwrite=True), train(), tmp_path)
+
+
+def test_lost_lines_of_metrics_are_noticed(tmp_path):
+    train(epochs=3, out=tmp_path)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
+    with pytest.raises(ValueError, match="has lost lines: a checkpoint of epoch 3 goes with as many"):
+        train(epochs=4, out=tmp_path, resume=True)
+
+
+def test_a_checkpoint_needs_room(tmp_path, monkeypatch):
+    """Weights, two moments, the average and the store, as they are written; for the last two, the best and the next."""
+    case = {**CASES["actor-critic"], "epochs": 5, "out": tmp_path}
+    train(**case)
+    written = sum(f.stat().st_size for f in checkpoint.newest(tmp_path).iterdir())
+    shutil.rmtree(tmp_path / "checkpoints")
+    usage = shutil.disk_usage(tmp_path)
+    for room, enough in ((2.5 * written, False), (6 * written, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=room: usage._replace(free=int(free)))
+        if enough:
+            train(**case, resume=True)
+        else:
+            with pytest.raises(ValueError, match=r"4 checkpoints of .* GB do not go into the .* GB that are free"):
+                train(**case, resume=True)
+
+
+def test_the_identity_of_a_reference_is_its_weights():
+    first, second = models()[0], models()[0]
+    for m in (first, second):
+        m.requires_grad_(False)
+    assert checkpoint.identity(first) == checkpoint.identity(second) != checkpoint.identity(models()[0])
+    with torch.no_grad():
+        next(second.parameters()).view(-1)[0] += 1e-15
+    assert checkpoint.identity(first) != checkpoint.identity(second)
+    assert checkpoint.identity(catalogue.get("mixture-2d").problem.reference) != ""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ctrl.fields import check_fields
 from ctrl.gaussian import GaussianPolicy, Mean
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.regularize import path_kl
@@ -17,6 +18,13 @@ from ctrl.value import Critic
 
 if TYPE_CHECKING:
     from ctrl.fit import Run
+
+
+_LIMITS = {
+    **dict.fromkeys(("nodes", "keep", "updates", "passes", "paths", "rounds"), ">= 1"),
+    **dict.fromkeys(("critic_updates", "actor_updates", "q_updates", "trace", "group"), ">= 0"),
+    **dict.fromkeys(("clip", "penalty", "gain"), "> 0"), "limit": "> 1", "nats": "in (0, inf]",
+}  # fmt: skip
 
 
 class Algorithm(ABC):
@@ -29,6 +37,10 @@ class Algorithm(ABC):
 
     keep: int = 1
     """Epochs of trajectories that stay in store."""
+
+    def __post_init__(self) -> None:
+        """A dataclass's own numbers are checked by name."""
+        check_fields(self, _LIMITS)
 
     @abstractmethod
     def learn(self, run: Run) -> None:

@@ -67,7 +67,5 @@ class KLBudget(Algorithm):
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not isinstance(problem, ScoreAsAction) or problem.beta == 0:
             raise ValueError("problem must be a ScoreAsAction with beta > 0, the weight that a KL budget adapts")
-        if not self.nats > 0:
-            raise ValueError(f"nats must be > 0, got {self.nats}")
         check_noise(problem)
         self.algorithm.check(problem, solver, critic)

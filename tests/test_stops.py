@@ -1,0 +1,64 @@
+"""ctrl/stops.py: a run that is told to end keeps its epoch, says so by its exit status, and can go on."""
+
+import os
+import signal
+import time
+
+import pytest
+from test_checkpoint import CASES, same_run, whole
+from test_fit import fresh_engine, train  # noqa: F401
+
+from ctrl import checkpoint
+from ctrl.stops import Stopped
+
+CASE = {**CASES["actor-critic"], "epochs": 6}
+
+
+def send(epoch, *numbers):
+    """A callback: the process gets these signals after an epoch."""
+
+    def callback(run, metrics):
+        if run.epoch == epoch:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.01)  # until the interpreter has looked
+
+    return callback
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_epoch(number, tmp_path, capsys):
+    """With 128 + its number; the epoch is kept though none was due; the run goes on to the same end."""
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with pytest.raises(Stopped) as end:
+        train(**CASE, out=tmp_path, checkpoint_every=100, callbacks=[send(3, number)])
+    assert end.value.code == 128 + number
+    assert f"{number.name}: stopped after epoch 3 of 6, which is kept; resume goes on" in capsys.readouterr().out
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+    assert checkpoint.newest(tmp_path).name == "epoch-000003"
+    same_run(train(**CASE, out=tmp_path, init=8, resume=True), whole("actor-critic"), tmp_path)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(**CASE, out=tmp_path, callbacks=[send(3, signal.SIGINT, signal.SIGINT)])
+    assert checkpoint.folders(tmp_path) == []
+
+
+def test_nothing_is_heard_where_nothing_is_kept():
+    with pytest.raises(KeyboardInterrupt):
+        train(**CASE, callbacks=[send(2, signal.SIGINT)])
+
+
+def test_the_last_epoch_ends_as_it_would(tmp_path):
+    done = train(**CASE, out=tmp_path, callbacks=[send(6, signal.SIGTERM)])
+    same_run(done, whole("actor-critic"), tmp_path)
+
+
+def test_a_time_limit_is_a_signal(tmp_path):
+    """An epoch that would not end in time is not begun."""
+    with pytest.raises(Stopped) as end:
+        train(**CASE, out=tmp_path, max_hours=1e-9)
+    assert end.value.code == 128 + signal.SIGTERM
+    assert checkpoint.newest(tmp_path).name == "epoch-000001"
+    same_run(train(**CASE, out=tmp_path, max_hours=1.0, init=8, resume=True), whole("actor-critic"), tmp_path)
