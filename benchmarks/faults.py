@@ -429,17 +429,8 @@ def two_processes(ground: Ground) -> tuple[list[str], Path]:
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
         f"from benchmarks import faults; faults.toy_in_process({str(out)!r}, None, 0)\n"
     )
-    launch = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    return [*launch, "--mixed_precision", "no", "--dynamo_backend", "no", str(script)], out
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    return [*launch, "--local_addr", "localhost", str(script)], out
 
 
 def dead_worker(ground: Ground, n: int) -> bool:
@@ -452,7 +443,8 @@ def dead_worker(ground: Ground, n: int) -> bool:
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     status, said = ended(process)
     right = status != 0 and ("SIGKILL" in said or "-9" in said)
-    return right and ended(started(command))[0] == 0 and len(records(out)) == EPOCHS
+    right = right and ended(started(command))[0] == 0 and len(records(out)) == EPOCHS
+    return right and len(list(checkpoint.folders(out)[0].glob("replay-*"))) == 2
 
 
 # ------------------------------------------------------------------------------------------ the table

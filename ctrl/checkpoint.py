@@ -20,10 +20,12 @@ import os
 import shutil
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import broadcast_object_list
+from accelerate.utils import load as tensors_and_numbers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
@@ -238,7 +240,12 @@ def _load(run: Run, folder: Path) -> None:
                 f"{folder} was written with {name} = {there.get(name)}, this run has {here[name]}: resume with the "
                 f"same, or start in another folder"
             )
-    run.accelerator.load_state(str(folder))
+    states = folder / f"random_states_{run.replay.rank}.pkl"
+    try:
+        tensors_and_numbers(states)  # accelerate would go on without them
+        run.accelerator.load_state(str(folder))
+    except (UnpicklingError, RuntimeError, EOFError) as wrong:
+        raise ValueError(f"{folder} cannot be loaded: {wrong}") from wrong
     run.epoch = run.kept = progress["epoch"]
     run.counts, run.strikes = progress["counts"], progress["strikes"]
     stored = load_file(folder / f"replay-{run.replay.rank}.safetensors")

@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -180,6 +181,11 @@ class Run:
         settings: Settings,
         accelerator: Accelerator,
     ) -> None:
+        if accelerator.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
+            raise ValueError(
+                f"accelerator: there are {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and each would train "
+                f"alone; without a GPU set ACCELERATE_USE_CPU=true"
+            )
         if settings.samples < accelerator.num_processes:
             raise ValueError(
                 f"samples must be at least one for each of the {accelerator.num_processes} processes, "

@@ -3,8 +3,11 @@
 import dataclasses
 import functools
 import json
+import pathlib
+import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -248,3 +251,36 @@ def test_the_identity_of_a_reference_is_its_weights():
         next(second.parameters()).view(-1)[0] += 1e-15
     assert checkpoint.identity(first) != checkpoint.identity(second)
     assert checkpoint.identity(catalogue.get("mixture-2d").problem.reference) != ""
+
+
+def test_every_random_state_comes_back(tmp_path):
+    """Of python, numpy and torch, for policies and rewards that draw for themselves: as if the run had gone on."""
+    drawn = []
+
+    def draw(run, metrics):
+        drawn.append((random.random(), float(np.random.rand()), float(torch.rand(()))))  # noqa: NPY002
+
+    train(epochs=3, out=tmp_path, checkpoint_every=2, callbacks=[draw])
+    shutil.rmtree(tmp_path / "checkpoints" / "epoch-000003")
+    random.seed(5), np.random.seed(5), torch.manual_seed(5)  # noqa: NPY002
+    train(epochs=3, out=tmp_path, init=8, resume=True, callbacks=[draw])
+    before_second, third, again = drawn[1:]
+    assert again == before_second  # the state is that before the callbacks of epoch 2
+    assert third != again
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+def test_nothing_is_unpickled(name, tmp_path):
+    """Not from a checkpoint that is whole, either: a file may come from anyone."""
+    train(epochs=1, out=tmp_path)
+    folder = checkpoint.newest(tmp_path)
+
+    class Payload:
+        def __reduce__(self):
+            return (pathlib.Path.touch, (tmp_path / "hacked",))
+
+    torch.save({"state": Payload()}, folder / name)
+    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
+    with pytest.raises(ValueError, match=r"epoch-000001 cannot be loaded: Weights only"):
+        train(epochs=2, out=tmp_path, resume=True)
+    assert not (tmp_path / "hacked").exists()

@@ -255,6 +255,15 @@ def test_labels_lie_beside_their_nodes(name, batch, pieces):
     assert seen == 2 * pieces
 
 
+class Alone:
+    """What accelerate gives where it does not see the other processes."""
+
+    num_processes = 1
+
+    def free_memory(self):
+        pass
+
+
 class Once(Algorithm):
     """One optimiser step an epoch on a loss of its own, and the nodes it saw."""
 
@@ -575,6 +584,12 @@ def test_a_model_that_is_split_over_processes_is_refused(monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="splits a model over processes, and fit adds up whole gradients itself"):
         train(built=(Untouched(), catalogue.get("mixture-2d").value))
+
+
+def test_processes_that_do_not_see_each_other_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match=r"there are 2 processes \(WORLD_SIZE\), and each would train alone"):
+        train(built=(Untouched(), catalogue.get("mixture-2d").value), accelerator=Alone())
 
 
 def test_a_loss_must_be_one_number_a_node():
