@@ -196,7 +196,7 @@ class WithoutAdapters(nn.Module):
             self.unet.enable_adapters()
 
 
-def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0) -> ScoreAsAction:
+def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0, gamma: float = 0.0) -> ScoreAsAction:
     """Sampling from the reference as a control problem, from pure noise to timestep 0; at eta = 0, the probability
     flow."""
     size = reference.unet.config.sample_size
@@ -204,7 +204,7 @@ def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0)
     kind = ScoreAsAction if eta else ProbabilityFlow
     return kind(
         noising=reference.noising, reference=reference, reward=reward, initial=IsotropicNormal(shape), shape=shape,
-        beta=beta, eta=eta, s_min=reference.s_min, s_max=reference.noising.s_max,
+        beta=beta, eta=eta, gamma=gamma, s_min=reference.s_min, s_max=reference.noising.s_max,
     )  # fmt: skip
 
 

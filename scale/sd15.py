@@ -32,11 +32,12 @@ import tyro
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload, init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from ctrl import NetworkCritic, Solver, StructuredCritic, checkpoint
-from ctrl.algorithms import ActorCritic, Algorithm, KLBudget
+from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
 from ctrl.fields import check_fields
 from ctrl.fit import Run, fit
 from ctrl.fit import Settings as FitSettings
@@ -62,6 +63,7 @@ class Task:
 
     pipeline: StableDiffusionPipeline
     policy: Score
+    learner: nn.Module
     problem: ScoreAsAction
     critic: Critic | None
     algorithm: Algorithm
@@ -184,7 +186,8 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     if s.offload_reference and not s.lora:
         cpu_offload(reference.unet, execution_device=accelerator.device)
     judged = Decoded(pipeline.vae, rewards["reward"], differentiable=differentiable, chunk=s.batch)
-    task = problem(reference, judged, beta=s.beta, eta=eta)
+    task = problem(reference, judged, beta=s.beta, eta=eta, gamma=s.gamma)
+    learner = GaussianNetwork(task, policy) if s.algorithm == "q-learning" else policy
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
     torch.manual_seed(s.seed)  # of the critic's first weights
     critic = critic_of(s, task, conditions.width, differentiable) if s.algorithm in LEARN_VALUES else None
@@ -195,7 +198,9 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
         keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
     )  # fmt: skip
     algorithm.check(task, solver, critic)
-    return Task(pipeline, policy, task, critic, algorithm, conditions, prompts, eval_prompts, rewards, settings)
+    return Task(
+        pipeline, policy, learner, task, critic, algorithm, conditions, prompts, eval_prompts, rewards, settings
+    )
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -234,12 +239,12 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     if s.pretrain:
         pretrain(s, task, accelerator)
     result = fit(
-        task.problem, task.policy, task.algorithm, critic=task.critic, conditions=task.conditions, settings=task.fit,
+        task.problem, task.learner, task.algorithm, critic=task.critic, conditions=task.conditions, settings=task.fit,
         callbacks=[Watch(s, task, accelerator), guards_of(s)], resume=s.resume, overwrite=s.overwrite,
         accelerator=accelerator,
     )  # fmt: skip
     if result.ema is not None:
-        task.policy.load_state_dict(result.ema.state_dict())
+        task.learner.load_state_dict(result.ema.state_dict())
     found = None
     if accelerator.is_main_process:
         found = finish(s, task, result.history)

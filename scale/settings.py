@@ -23,6 +23,7 @@ from ctrl.algorithms import (
     PolicyIteration,
     PPOClip,
     PPOPenalty,
+    QLearning,
 )
 from ctrl.fields import check_fields, one_of
 from scale.samplers import known
@@ -32,9 +33,10 @@ EMBEDDED = ASSETS / "tiny-sd.yaml"
 """Settings for the embedded model, which is trained where there is no CUDA."""
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "actor-critic": ActorCritic, "ddpo": DDPO, "ppo": PPOPenalty, "ppo-clip": PPOClip,
-    "path-consistency": PathConsistency, "policy-iteration": PolicyIteration, "adjoint-matching": AdjointMatching,
+    "path-consistency": PathConsistency, "policy-iteration": PolicyIteration, "q-learning": QLearning,
+    "adjoint-matching": AdjointMatching,
 }  # fmt: skip
-LEARN_VALUES = ("actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration")
+LEARN_VALUES = ("actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning")
 """Those with a critic."""
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
@@ -44,7 +46,8 @@ LIMITS = {
         ("critic_width", "epochs", "samples", "in_a_row", "batch", "micro_batch", "checkpoint_every",
          "keep_checkpoints", "eval_headline"), ">= 1",
     ),
-    **dict.fromkeys(("pretrain", "lora", "pictures_every", "reward_retries", "eta", "lr", "critic_lr", "seed"), ">= 0"),
+    **dict.fromkeys(("pretrain", "lora", "pictures_every", "reward_retries", "seed"), ">= 0"),
+    **dict.fromkeys(("eta", "gamma", "lr", "critic_lr"), ">= 0"),
     **dict.fromkeys(("beta", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
     **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "guidance": ">= 1",
     "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
@@ -87,8 +90,8 @@ class Settings:
     """Evaluated on; by default those trained on."""
 
     algorithm: str = "actor-critic"
-    """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, adjoint-matching (differentiable rewards), or
-    the discrete-time ddpo."""
+    """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, adjoint-matching (differentiable
+    rewards), or the discrete-time ddpo."""
     options: tuple[str, ...] = ()
     """The algorithm's own, by the names in ctrl/algorithms, such as `--options nodes=64 keep=4`."""
     critic: Literal["structured", "network"] = "structured"
@@ -99,6 +102,8 @@ class Settings:
     """Epochs in which the critic alone learns, before the policy moves."""
     beta: float = 0.1
     """Reward that a nat of path KL to the untuned model is worth."""
+    gamma: float = 0.0
+    """Weight of the policy's entropy in reward, for q-learning alone: the variance of its actions is gamma/R."""
     kl: float | None = None
     """Path KL to come to, in nats a picture: beta then adapts, from the value above."""
 
@@ -204,6 +209,9 @@ class Settings:
             ),
             "algorithm ddpo needs the density of a step: take solver ddim, exponential or 2m": self.algorithm == "ddpo"
             and (boxed or self.solver == "heun"),
+            "gamma must be > 0 for q-learning, which learns from actions drawn around the mean, and 0 otherwise": (
+                (self.algorithm == "q-learning") != (self.gamma > 0)
+            ),
             "kl must be left out with eta = 0: without noise there is no path KL": self.kl is not None and noiseless,
             "reward_python runs a reward elsewhere, so it has no gradient for adjoint-matching": (
                 self.algorithm == "adjoint-matching" and self.reward_python is not None and ":" in self.reward

@@ -140,6 +140,15 @@ def test_a_stopped_run_goes_on(model, tmp_path):
         ),
         {"algorithm": "adjoint-matching", "options": ("updates=1", "nodes=8")},
         {"reward": "jpeg-compressibility", "pretrain": 1},
+        pytest.param(
+            {
+                "algorithm": "q-learning",
+                "gamma": 1e-4,
+                "ema": 0.5,
+                "options": ("q_updates=1", "critic_updates=1", "nodes=8"),
+            },
+            marks=pytest.mark.long,
+        ),
         pytest.param({"critic": "network", "kl": 2.0}, marks=pytest.mark.long),
         {"solver": "diffusers/dpmsolver++"},
         pytest.param({"solver": "diffusers/sde-dpmsolver++"}, marks=pytest.mark.long),
@@ -211,6 +220,7 @@ def test_a_reward_of_ones_own(model, tmp_path):
         ({"eval_samplers": ("unpic",)}, "did you mean 'unipc'"),
         ({"resume": True, "overwrite": True}, "take one"),
         ({"lora": 4, "offload_reference": True}, "its adapters off"),
+        ({"gamma": 0.1}, "gamma must be > 0 for q-learning"),
         ({"eta": 0.0, "kl": 1.0}, "without noise there is no path KL"),
         ({"epochs": "ten"}, "epochs must be an integer, got 'ten'"),
         ({"lr": float("nan")}, "lr must be a number"),
