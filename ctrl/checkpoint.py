@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -68,10 +69,20 @@ def clear(run: Run) -> None:
     """Delete what another run left in the folder; every process calls it."""
     assert run.settings.out is not None
     if run.accelerator.is_main_process:
-        for name in ("checkpoints", "not-finite"):
-            shutil.rmtree(run.settings.out / name, ignore_errors=True)
-        (run.settings.out / "metrics.jsonl").unlink(missing_ok=True)
+        delete(run.settings.out, ("checkpoints", "metrics.jsonl", "not-finite"))
     run.accelerator.wait_for_everyone()
+
+
+def delete(out: Path, names: Sequence[str]) -> None:
+    """Files and folders of a run. A folder's name goes first, so that a part of it is never taken for the whole."""
+    for name in names:
+        if (out / name).is_dir():
+            old = out / f"{name}.old"
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out / name, old)
+            shutil.rmtree(old)
+        else:
+            (out / name).unlink(missing_ok=True)
 
 
 def check_room(run: Run) -> None:
@@ -117,28 +128,28 @@ def save(run: Run) -> None:
     assert run.settings.out is not None
     final = run.settings.out / "checkpoints" / f"epoch-{run.epoch:06d}"
     part = final.with_suffix(".part")
+    main = run.accelerator.is_main_process
     try:
-        _write(run, part)
-        if run.accelerator.is_main_process:
-            _seal(run.settings.out, part, final)
+        run.together(lambda: _begin(part) if main else None)
+        run.together(lambda: _write(run, part))
+        run.together(lambda: _seal(run, part, final) if main else None)
     except (OSError, RuntimeError, SafetensorError) as wrong:
-        shutil.rmtree(part, ignore_errors=True)
+        if main:
+            shutil.rmtree(part, ignore_errors=True)
         free = shutil.disk_usage(run.settings.out).free / 1e9
         raise RunFailed(
             f"the checkpoint of epoch {run.epoch} could not be written to {final.parent} ({free:.2f} GB are free "
             f"there): {wrong}. Those before it are whole: make room, and resume"
         ) from wrong
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        _prune(run)
+
+
+def _begin(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
 
 
 def _write(run: Run, part: Path) -> None:
     """Every process's files."""
-    if run.accelerator.is_main_process:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-    run.accelerator.wait_for_everyone()
     run.accelerator.save_state(str(part))
     kept = run.replay.batches[max(0, len(run.replay.batches) - run.algorithm.keep + 1) :]
     tensors = {f"{i}.{name}": v for i, batch in enumerate(kept) for name, v in _tensors(batch).items()}
@@ -148,11 +159,12 @@ def _write(run: Run, part: Path) -> None:
             save_model(run.ema, str(part / "ema.safetensors"))
         progress = {"epoch": run.epoch, "counts": run.counts, "strikes": run.strikes, "must_agree": _must_agree(run)}
         (part / PROGRESS).write_text(json.dumps(progress))
-    run.accelerator.wait_for_everyone()
 
 
-def _seal(out: Path, part: Path, final: Path) -> None:
-    """Everything on disk, and the metrics so far; then its name."""
+def _seal(run: Run, part: Path, final: Path) -> None:
+    """Everything on disk, and the metrics so far; then its name; then old ones go."""
+    assert run.settings.out is not None
+    out = run.settings.out
     (part / MANIFEST).write_text(json.dumps(manifest(part), indent=1))
     for file in (*part.rglob("*"), out / "metrics.jsonl", part):
         _sync(file)
@@ -160,6 +172,7 @@ def _seal(out: Path, part: Path, final: Path) -> None:
         _drop(final)
     os.replace(part, final)
     _sync(final.parent)
+    _prune(run)
 
 
 def manifest(folder: Path) -> dict[str, str]:
@@ -171,7 +184,7 @@ def manifest(folder: Path) -> dict[str, str]:
 def _prune(run: Run) -> None:
     """Drop all but the last `keep_checkpoints` and the best."""
     assert run.settings.out is not None
-    found = folders(run.settings.out)
+    found = [folder for folder in folders(run.settings.out) if _epoch(folder) <= run.epoch]  # later ones are broken
     best = max(found, key=lambda folder: (merit(run, folder), folder))
     for folder in found[run.settings.keep_checkpoints :]:
         if folder != best:
@@ -180,10 +193,14 @@ def _prune(run: Run) -> None:
 
 def merit(run: Run, folder: Path) -> float:
     """Reward less what its KL cost, beta KL, in the epoch that the checkpoint ended."""
-    epoch = int(folder.name.removeprefix("epoch-"))
+    epoch = _epoch(folder)
     metrics = run.history[epoch - 1] if 0 < epoch <= len(run.history) else {}
     beta = metrics.get("beta", getattr(run.problem, "beta", 0.0))
     return float(metrics.get("reward", -torch.inf)) - beta * metrics.get("kl", 0.0)
+
+
+def _epoch(folder: Path) -> int:
+    return int(folder.name.removeprefix("epoch-"))
 
 
 def _drop(folder: Path) -> None:
@@ -224,8 +241,15 @@ def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_newest(run: Run) -> None:
     """Bring a run back to its newest checkpoint; a run without one starts from the beginning."""
     assert run.settings.out is not None
-    found = [newest(run.settings.out) if run.accelerator.is_main_process else None]
+    found: list[Path | Exception | None] = [None]
+    if run.accelerator.is_main_process:
+        try:
+            found = [newest(run.settings.out)]
+        except Exception as wrong:
+            found = [wrong]
     (folder,) = broadcast_object_list(found)
+    if isinstance(folder, Exception):
+        raise folder
     if folder is not None:
         _load(run, folder)
     _truncate(run)

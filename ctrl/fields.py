@@ -41,7 +41,7 @@ def _fault(value: Any, kind: Any) -> str | None:
     if kind is type(None):
         return None if value is None else "nothing"
     if kind is float:
-        right = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
+        right = isinstance(value, int | float) and not isinstance(value, bool) and value == value  # NaN is not
         return None if right else _WORDS[float]
     if kind is int:
         return None if isinstance(value, int) and not isinstance(value, bool) else _WORDS[int]

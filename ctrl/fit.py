@@ -19,6 +19,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -407,14 +408,19 @@ class Run:
         norm = nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None])
         sound = total if self.accelerator.scaler else norm + total  # gradients that overflow are the scaler's to mend
         if not bool(torch.isfinite(sound)):
+            if self.accelerator.scaler:
+                self.accelerator.scaler.update()  # or it waits for a step
             guards.strike(self, name, guards.culprit(self, name, loss, nodes))
             return
-        self.strikes[name] = 0
         nn.utils.clip_grads_with_norm_(learner.trained, self.settings.max_grad_norm, norm)
         learner.optimizer.step()
         self.counts["network_calls"] += size
         if learner.optimizer.step_was_skipped:  # float16 overflowed; accelerate takes a smaller scale from here
+            assert self.accelerator.scaler is not None
+            if self.accelerator.scaler.get_scale() < 1:  # it never ends
+                guards.strike(self, name, guards.culprit(self, name, loss, nodes))
             return
+        self.strikes[name] = 0
         if name == "policy" and self.ema is not None:
             for average, p in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
                 average.data.lerp_(p.data, 1 - self.settings.ema)
@@ -456,6 +462,16 @@ class Run:
     def any(self, here: bool) -> bool:
         """Whether it is so on any process."""
         return bool(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device)) > 0)
+
+    def together(self, f: Callable[[], Any]) -> None:
+        """Do it on every process; if it fails on one, it has failed on all, and none waits for another."""
+        failure = None
+        try:
+            f()
+        except Exception as error:
+            failure = error
+        if self.any(failure is not None):
+            raise failure or RunFailed("it failed on another process, whose message says how")
 
     def save(self) -> None:
         """Keep the last epoch, if there is a folder and it is not kept yet; every process calls it."""
@@ -535,27 +551,31 @@ def fit(
     with bar, run.stops:
         while run.epoch < settings.epochs:
             metrics = run.step_epoch()
-            _write(run, metrics)
+            run.together(lambda m=metrics: _write(run, m))  # type: ignore[misc]
             if run.epoch % settings.checkpoint_every == 0 or run.epoch == settings.epochs:
                 run.save()
-            bar.update()
             shown: dict[str, str] = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
-            bar.set_postfix({**shown, "samples/s": f"{settings.samples / metrics['seconds']:.3g}"})
+            with suppress(OSError):  # nobody reads it any more
+                bar.update()
+                bar.set_postfix({**shown, "samples/s": f"{settings.samples / metrics['seconds']:.3g}"})
             for callback in callbacks:
                 callback(run, metrics)
-            run.stops.epoch_ends()
+            if run.epoch < settings.epochs:
+                run.stops.epoch_ends()
             _stop_if_asked(run)
     return Result(policy, critic, run.ema, run.history)
 
 
 def _stop_if_asked(run: Run) -> None:
-    """If any process was asked to, and there is something left to do: keep this epoch, and exit."""
-    if not run.any(bool(run.stops.code)) or run.epoch == run.settings.epochs:
+    """If any process was asked to: keep this epoch, and exit."""
+    if not run.any(bool(run.stops.code)):
         return
     run.save()
     why = run.stops.why or "another process was asked to stop"
-    if run.accelerator.is_main_process:
-        tqdm.write(f"{why}: stopped after epoch {run.epoch} of {run.settings.epochs}, which is kept; resume goes on")
+    with suppress(OSError):
+        run.accelerator.print(
+            f"{why}: stopped after epoch {run.epoch} of {run.settings.epochs}, which is kept; resume goes on"
+        )
     raise Stopped(run.stops.code or TIME_UP)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
 
 FEW = 4
 """Paths on which a policy is compared."""
-UNIT = {"no": 2.0**-24, "fp16": 2.0**-11, "bf16": 2.0**-9}
-"""Rounding of one number, by accelerate's name of the precision."""
+UNIT = {"no": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-9}
+"""Rounding of one number, by accelerate's name of the precision; tf32 is what CUDA's convolutions take for float32."""
 
 
 def same_policy(run: Run, batch: Batch) -> None:
@@ -43,7 +44,9 @@ def same_policy(run: Run, batch: Batch) -> None:
     nodes = run.nodes(few, range(batch.steps))
     apart = _apart(run, nodes, torch.cat([*few.trajectory.a])).view(batch.steps, few.samples)  # type: ignore[misc]
     mean, worst = float(apart.sum() / few.samples), int(apart.argmax())
-    allowed = run.settings.mismatch + rounding(run.problem, run.accelerator.mixed_precision)
+    precision = run.accelerator.mixed_precision
+    tf32 = precision == "no" and run.accelerator.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+    allowed = run.settings.mismatch + rounding(run.problem, "tf32" if tf32 else precision)
     if run.any(not mean <= allowed):
         raise ValueError(
             f"the policy that is trained is not the one that acted: {mean:.3g} nats apart on a path, where "
@@ -116,9 +119,14 @@ def keep(run: Run, name: str, found: NotFinite) -> str:
     """Write what was there to OUT/not-finite, and say where."""
     if run.settings.out is None or not found.tensors:
         return ""
-    file = run.settings.out / "not-finite" / f"epoch-{run.epoch + 1:06d}-{name}-{run.replay.rank}.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.detach().cpu().clone() for k, v in found.tensors.items()}, file, {"message": str(found)})
+    place = f"epoch-{run.epoch + 1:06d}-{name}-{run.strikes[name]}-{run.replay.rank}.safetensors"
+    file = run.settings.out / "not-finite" / place
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in found.tensors.items()}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, {"message": str(found)})
+    except (OSError, SafetensorError) as wrong:
+        return f", not kept: {wrong}"
     return f", kept in {file}"
 
 
@@ -139,7 +147,8 @@ class Guards:
     stop: bool = False
 
     def __call__(self, run: Run, metrics: dict[str, Any]) -> None:
-        for fault in self.faults(metrics, run.history[0]):
+        first = next((epoch for epoch in run.history if "spread" in epoch), metrics)
+        for fault in self.faults(metrics, first):
             warnings.warn(f"epoch {metrics['epoch']}: {fault}", stacklevel=2)
             if self.stop:
                 run.stops.ask(1, fault)
@@ -155,7 +164,7 @@ class Guards:
             )
         if now["reward_std"] <= self.reward_std:
             found.append(f"all rewards are {now['reward']:.4g}: there is nothing to learn from")
-        if now["spread"] < self.diversity * first.get("spread", 0.0):
+        if now["spread"] < self.diversity * first["spread"]:
             found.append(
                 f"samples spread by {now['spread']:.3g}, {now['spread'] / first['spread']:.0%} of what they did: the "
                 f"policy has collapsed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -57,7 +58,8 @@ class Stops:
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.ask(128 + number, signal.Signals(number).name)
         self._forget()
-        tqdm.write(f"{self.why}: the epoch is finished and kept, then the run ends; once more to end it at once")
+        with suppress(OSError):  # nobody may be reading
+            tqdm.write(f"{self.why}: the epoch is finished and kept, then the run ends; once more to end it at once")
 
     def ask(self, code: int, why: str) -> None:
         """End after this epoch. What asked first is what is said."""

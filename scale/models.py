@@ -37,7 +37,7 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
             name, use_safetensors=True, safety_checker=None, requires_safety_checker=False, variant=variant, **options
         )
     except OSError as wrong:
-        raise ValueError(_not_there(name, where, variant, wrong)) from wrong
+        raise ValueError(not_there(name, where, variant, wrong)) from wrong
     except ValueError as wrong:
         if variant and "variant" in str(wrong):
             raise ValueError(f"variant {variant!r}: {name} has no such weights; leave variant out") from wrong
@@ -71,7 +71,8 @@ def _check_parts(name: str, pipeline: StableDiffusionPipeline) -> None:
         raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
 
 
-def _not_there(name: str, where: Path, variant: str | None, wrong: OSError) -> str:
+def not_there(name: str, where: Path, variant: str | None, wrong: OSError) -> str:
+    """What to do about a model that cannot be had."""
     first = str(wrong).strip().splitlines()[0]
     if where.exists():
         files = f" for variant {variant!r}" if variant else ""

@@ -69,6 +69,8 @@ def read(source: str) -> list[Prompt]:
     if reader is None:
         if not source.strip():
             raise ValueError("prompts must be a file, a prompt, or one of " + ", ".join(NAMES) + "; it is empty")
+        if Path(source).exists() or (" " not in source and ("/" in source or Path(source).suffix)):
+            raise ValueError(f"prompts: {source!r} must end in {', '.join(_READERS)} to be read as a file")
         if " " not in source and (near := get_close_matches(source, NAMES, 1, 0.75)):
             raise ValueError(f"prompts: {source!r} is no list; did you mean {near[0]!r}? A prompt may stand in a file")
         return [Prompt(source)]

@@ -162,31 +162,29 @@ def _rows(rows: Sequence[dict[str, Any]]) -> str:
 # ------------------------------------------------------------------------------------------ the pipeline
 
 
-def save(s: Settings, pipeline: StableDiffusionPipeline, found: Evaluation) -> None:
+def save(s: Settings, pipeline: StableDiffusionPipeline) -> None:
     """OUT/pipeline, with whatever the model had beside what was trained, its safety checker too; or OUT/lora."""
     if s.lora:
         from peft import get_peft_model_state_dict
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(s.out / "lora", unet_lora_layers=layers)
-        (s.out / "lora" / "README.md").write_text(card(s, found))
         return
     parts = {k: v for k, v in pipeline.components.items() if k not in ("safety_checker", "feature_extractor")}
     whole = StableDiffusionPipeline.from_pretrained(s.model, revision=s.revision, use_safetensors=True, **parts)
     whole.save_pretrained(s.out / "pipeline")
     for file in (s.out / "pipeline").rglob("*.safetensors"):
         file.chmod(0o644)  # they come as the writer's alone
-    (s.out / "pipeline" / "README.md").write_text(card(s, found))
 
 
-def card(s: Settings, found: Evaluation) -> str:
-    """A model card as the hub reads it."""
+def card(s: Settings, found: Evaluation) -> None:
+    """Beside the weights, a model card as the hub reads it."""
     loading = (
         f'pipeline = StableDiffusionPipeline.from_pretrained("{s.model}")\npipeline.load_lora_weights("lora")'
         if s.lora else 'pipeline = StableDiffusionPipeline.from_pretrained("pipeline")'
     )  # fmt: skip
     adapter = "base_model_relation: adapter" if s.lora else "base_model_relation: finetune"
-    return f"""---
+    text = f"""---
 library_name: diffusers
 pipeline_tag: text-to-image
 base_model: {s.model}
@@ -208,3 +206,4 @@ image = pipeline("{found.prompt}", guidance_scale={s.guidance:g}).images[0]
 
 {found.summary()}
 """
+    (s.out / ("lora" if s.lora else "pipeline") / "README.md").write_text(text)

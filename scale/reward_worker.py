@@ -2,7 +2,8 @@
 NAME module:function or imagereward. It needs torch there, and nothing of this project.
 
 On stdin, for each call, a line of JSON {"shape", "prompts", "metadata"} and then the images, float32, as bytes; on
-stdout a line of JSON: the rewards, or {"error"}. What the reward itself prints goes to stderr.
+stdout a line of JSON: first {"ready"} or {"error"}, then for each call the rewards, or {"error"}. What the reward
+itself prints goes to stderr.
 """
 
 import importlib
@@ -36,7 +37,10 @@ def load(name):
         sys.path.insert(0, os.getcwd())
     module, _, attribute = name.partition(":")
     found = getattr(importlib.import_module(module), attribute)
-    return found() if isinstance(found, type) else found
+    found = found() if isinstance(found, type) else found
+    if not callable(found):
+        raise ImportError(f"{name} is no function")
+    return found
 
 
 def main(name):
@@ -44,18 +48,26 @@ def main(name):
     sys.path.pop(0)  # this file's folder, whose modules are not the reward's
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    reward = None
+
+    def say(what):
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    try:
+        reward = load(name)
+    except Exception:
+        say({"error": traceback.format_exc()})
+        return
+    say({"ready": True})
     while line := sys.stdin.buffer.readline():
         call = json.loads(line)
         data = bytearray(sys.stdin.buffer.read(4 * math.prod(call["shape"])))
         images = torch.frombuffer(data, dtype=torch.float32).reshape(call["shape"])
         try:
-            reward = reward or load(name)
             answer = [float(v) for v in reward(images, call["prompts"], call["metadata"])]
         except Exception:
             answer = {"error": traceback.format_exc()}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        say(answer)
 
 
 if __name__ == "__main__":

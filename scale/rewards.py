@@ -52,7 +52,8 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     """The rewards, (n,), one finite number a picture, or an error that names the reward and the picture's prompt."""
     name, n = name_of(reward), len(images)
     try:
-        found = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
+        with torch.autocast(images.device.type, enabled=False):
+            found = reward(images, [p.text for p in prompts], [p.metadata for p in prompts])
     except Exception as wrong:
         texts = f"of {prompts[0].text!r} to {prompts[-1].text!r}"
         raise RunFailed(f"reward {name} failed on {n} pictures, {texts}: {type(wrong).__name__}: {wrong}") from wrong
@@ -78,11 +79,12 @@ class Patient:
     Args:
         retries: how often it is asked again.
         timeout: seconds a call may take; it then runs in a thread of its own.
+        name: what errors call it.
     """
 
-    def __init__(self, reward: Reward, retries: int = 0, timeout: float | None = None) -> None:
+    def __init__(self, reward: Reward, retries: int = 0, timeout: float | None = None, name: str | None = None) -> None:
         self.reward, self.retries, self.timeout = reward, retries, timeout
-        self.__name__ = name_of(reward)
+        self.__name__ = name or name_of(reward)
 
     def __getattr__(self, name: str) -> Any:  # differentiable, ceiling
         if name == "reward":  # not made yet
@@ -108,7 +110,9 @@ class Patient:
 
         def work() -> None:
             try:
-                with torch.set_grad_enabled(grad):
+                if images.is_cuda:
+                    torch.cuda.set_device(images.device)  # so has its device
+                with torch.set_grad_enabled(grad), torch.autocast(images.device.type, enabled=False):
                     answer.set_result(self.reward(images, prompts, metadata))
             except Exception as wrong:
                 answer.set_exception(wrong)
@@ -119,8 +123,8 @@ class Patient:
         except TimeoutError:
             if answer.done():
                 raise
-            if isinstance(self.reward, Elsewhere):
-                self.reward.close()
+            if close := getattr(self.reward, "close", None):
+                close()
             raise TimeoutError(f"no answer within {self.timeout:g} seconds (reward_timeout)") from None
 
 
@@ -249,6 +253,12 @@ class Weighted:
         """Whether all of them are."""
         return all(getattr(reward, "differentiable", False) for _, reward in self.parts)
 
+    def close(self) -> None:
+        """End what runs elsewhere."""
+        for _, reward in self.parts:
+            if close := getattr(reward, "close", None):
+                close()
+
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         total = images.new_zeros(len(images), dtype=torch.float32)
         for weight, reward in self.parts:
@@ -284,7 +294,9 @@ def _one(name: str, python: str | None) -> Reward:
     if ":" not in name:
         one_of("a name without a colon (module:function)", key, NAMES)
     if python is not None and (key not in NAMES or key == "imagereward"):
-        return Elsewhere(python, name)
+        made = Elsewhere(python, name)
+        made.worker = made.start()  # what cannot be imported there is said now
+        return made
     if key in NAMES:
         try:
             return NAMES[key](model or None)
@@ -292,7 +304,7 @@ def _one(name: str, python: str | None) -> Reward:
             raise ValueError(f"{name}: its model cannot be had; name a folder, {key}=FOLDER ({wrong})") from wrong
     try:
         return reward_worker.load(name)
-    except (ImportError, AttributeError) as wrong:
+    except (ImportError, AttributeError, TypeError) as wrong:
         raise ValueError(f"{name} cannot be imported: {wrong}") from wrong
 
 
@@ -305,7 +317,7 @@ class Elsewhere:
     worker: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
-        worker = self.worker = self.worker or self._start()
+        worker = self.worker = self.worker or self.start()
         assert worker.stdin is not None and worker.stdout is not None
         data = images.detach().float().cpu().contiguous().numpy()
         head = {"shape": list(data.shape), "prompts": list(prompts), "metadata": list(metadata)}
@@ -317,21 +329,31 @@ class Elsewhere:
             line = b""
         if not line:
             status = worker.wait()
-            self.close()
+            if self.worker is worker:  # or another one serves already
+                self.close()
             raise RuntimeError(f"reward_python {self.python} ended with exit status {status} in {self.name}")
         answer = json.loads(line)
         if isinstance(answer, dict):
             raise RuntimeError(f"{self.name} in {self.python} failed:\n{answer['error']}")
         return torch.tensor(answer, dtype=torch.float32, device=images.device)
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def start(self) -> subprocess.Popen[bytes]:
+        """The interpreter, with the reward imported."""
         script = Path(__file__).with_name("reward_worker.py")
         try:
-            return subprocess.Popen(
+            worker = subprocess.Popen(
                 [self.python, str(script), self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
             )
         except OSError as wrong:
             raise ValueError(f"reward_python {self.python!r} cannot be run: {wrong}") from wrong
+        assert worker.stdout is not None
+        answer = json.loads(worker.stdout.readline() or '{"error": "it ended without a word"}')
+        if "error" in answer:
+            worker.kill()
+            with suppress(OSError):
+                worker.__exit__(None, None, None)
+            raise ValueError(f"{self.name} cannot be had in reward_python {self.python}:\n{answer['error']}")
+        return worker
 
     def close(self) -> None:
         """End the interpreter."""

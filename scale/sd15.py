@@ -18,9 +18,12 @@ import json
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -37,7 +40,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from ctrl import NetworkCritic, Solver, StructuredCritic, checkpoint
-from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
+from ctrl.algorithms import DDPO, ActorCritic, Algorithm, GaussianNetwork, KLBudget
 from ctrl.fields import check_fields
 from ctrl.fit import Run, fit
 from ctrl.fit import Settings as FitSettings
@@ -50,7 +53,7 @@ from scale import prompts as prompt_lists
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
 from scale.evaluate import Evaluation, draw, evaluate
 from scale.prompts import Prompt
-from scale.rewards import Patient, Reward, ceiling_of, reward_of
+from scale.rewards import Patient, Reward, ask, ceiling_of, reward_of
 from scale.samplers import BlackBox, known, sampler
 from scale.settings import ALGORITHMS, ASSETS, BOXED, EMBEDDED, GRIDS, LEARN_VALUES, SOLVERS, Settings
 
@@ -93,11 +96,24 @@ def changed(what: Any, name: str, value: str) -> Any:
     if rest or not isinstance(now.get(name), int | float):
         numbers = [n for n, v in now.items() if isinstance(v, int | float)]
         raise ValueError(f"options: {type(what).__name__} has {', '.join(numbers)}, got {name!r}")
-    try:
-        number = type(now[name])(yaml.safe_load(value))
-    except (TypeError, ValueError, OverflowError, yaml.YAMLError) as wrong:
-        raise ValueError(f"options: {name} must be a number, as in {name}={now[name]}, got {value!r}") from wrong
-    return dataclasses.replace(what, **{name: number})
+    kind, given = type(now[name]), _plain(value)
+    if kind is float and type(given) is int:
+        given = float(given) if abs(given) < 2**53 else math.inf
+    if type(given) is not kind:
+        what_it_is = "true or false" if kind is bool else "a number"
+        raise ValueError(f"options: {name} must be {what_it_is}, as in {name}={now[name]}, got {value!r}")
+    return dataclasses.replace(what, **{name: given})
+
+
+def _plain(text: str) -> Any:
+    """What YAML makes of it; 1e-5 without a point, which is text to YAML, is a number."""
+    with suppress(yaml.YAMLError):
+        found = yaml.safe_load(text)
+        if isinstance(found, str):
+            with suppress(ValueError):
+                return float(found)
+        return found
+    return text
 
 
 def solver_of(s: Settings, pipeline: StableDiffusionPipeline) -> Solver:
@@ -131,17 +147,23 @@ def adapters(unet: UNet2DConditionModel, rank: int) -> None:
 
 def rewards_of(s: Settings, given: Reward | None = None) -> dict[str, Reward]:
     """The one that is trained on, first, and the one that is looked at."""
-    rewards = {"reward": given or reward_of(s.reward, s.reward_python)}
-    if s.other_reward is not None:
-        rewards["other"] = reward_of(s.other_reward, s.reward_python)
-    return {name: Patient(reward, s.reward_retries, s.reward_timeout) for name, reward in rewards.items()}
+
+    def patient(reward: Reward, name: str | None) -> Reward:
+        return Patient(reward, s.reward_retries, s.reward_timeout, name)
+
+    first = patient(given, None) if given else patient(reward_of(s.reward, s.reward_python), s.reward)
+    if s.other_reward is None:
+        return {"reward": first}
+    return {"reward": first, "other": patient(reward_of(s.other_reward, s.reward_python), s.other_reward)}
 
 
 def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
     """Loaded, with a UNet that is to be trained and nothing else that is."""
     pipeline = models.load(s.model, s.revision, s.variant)
-    if s.steps > len(pipeline.scheduler.betas):
-        raise ValueError(f"steps must be at most the model's {len(pipeline.scheduler.betas)} timesteps, got {s.steps}")
+    most = len(pipeline.scheduler.betas)
+    for name, steps in {"steps": (s.steps,), "eval_headline": (s.eval_headline,), "eval_steps": s.eval_steps}.items():
+        if any(n > most for n in steps):
+            raise ValueError(f"{name} must be at most the model's {most} timesteps, got {max(steps)}")
     pipeline.vae.requires_grad_(False)
     pipeline.text_encoder.requires_grad_(False)
     if s.lora:
@@ -160,22 +182,46 @@ def critic_of(s: Settings, task: ScoreAsAction, width: int, differentiable: bool
     return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width, s.critic_width))
 
 
-def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
-    """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
-    prompts = prompt_lists.read(s.prompts)
-    eval_prompts = prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
-    optimizer = optimizer_of(s)
-    algorithm_of(s, True)
+def check(s: Settings) -> tuple[list[Prompt], list[Prompt]]:
+    """What can be wrong without a model or a reward; the prompts of training and of the evaluation."""
     s.check_places()
     s.check_resumed()
-    if not (s.resume or s.overwrite) and checkpoint.folders(s.out):
+    if not (s.resume or s.overwrite) and any(checkpoint.folders(folder) for folder in (s.out, s.out / "critic")):
         raise ValueError(
             f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
         )
+    algorithm = algorithm_of(s, True)
+    if isinstance(algorithm, DDPO) and algorithm.group not in (0, s.in_a_row):
+        raise ValueError(
+            f"options: group must be in_a_row = {s.in_a_row}, the pictures of a prompt, got {algorithm.group}"
+        )
+    if s.samples % s.in_a_row:
+        raise ValueError(f"in_a_row must divide the {s.samples} samples of an epoch, got {s.in_a_row}")
+    if s.log_with == "wandb" and find_spec("wandb") is None:
+        raise ValueError("log_with wandb needs wandb: pip install wandb")
+    prompts = prompt_lists.read(s.prompts)
+    return prompts, prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
+
+
+def try_rewards(pipeline: StableDiffusionPipeline, rewards: dict[str, Reward], *lists: list[Prompt]) -> None:
+    """Each of them on a grey picture for the first prompt of each list: what is wrong with one is wrong now."""
+    side = pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    grey = torch.full((1, 3, side, side), 0.5, device=pipeline.unet.device)
+    with torch.no_grad():
+        for reward, prompts in product(rewards.values(), lists):
+            ask(reward, grey, prompts[:1])
+
+
+def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
+    """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
+    prompts, eval_prompts = check(s)
+    optimizer = optimizer_of(s)
     rewards = rewards_of(s, reward)
     differentiable = bool(getattr(rewards["reward"], "differentiable", False))
     if s.algorithm == "adjoint-matching" and not differentiable:
-        raise ValueError(f"reward {s.reward} has no gradient, which adjoint-matching needs: take actor-critic")
+        raise ValueError(
+            f"reward {s.reward} has no gradient, which adjoint-matching needs: take --algorithm actor-critic --options"
+        )
     pipeline = pipeline_of(s, accelerator.device)
     solver = solver_of(s, pipeline)
     box = solver if isinstance(solver, BlackBox) else None
@@ -198,6 +244,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
         keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
     )  # fmt: skip
     algorithm.check(task, solver, critic)
+    try_rewards(pipeline, rewards, prompts, eval_prompts)
     return Task(
         pipeline, policy, learner, task, critic, algorithm, conditions, prompts, eval_prompts, rewards, settings
     )
@@ -216,6 +263,13 @@ class Outcome:
     out: Path
 
 
+LEFT = (
+    "checkpoints", "metrics.jsonl", "not-finite", "critic", "pictures", "samples", "pipeline", "lora", "sd15",
+    "evaluation.json", "report.html", "config.json",
+)  # fmt: skip
+"""What a run writes in its folder."""
+
+
 def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
     s = settings
@@ -225,23 +279,31 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
         kwargs_handlers=[patience],
     )  # fmt: skip
     if accelerator.is_main_process:
-        why = " (there is no CUDA; --model names another)" if s.model == str(ASSETS / "tiny-sd") else ""
-        print(f"model: {s.model}{why}")
+        why = "" if torch.cuda.is_available() else " (there is no CUDA; --model names another)"
+        print(f"model: {s.model}{why if s.model == str(ASSETS / 'tiny-sd') else ''}")
     task = assemble(s, reward, accelerator)
     if accelerator.is_main_process:
         s.out.mkdir(parents=True, exist_ok=True)
-        (s.out / "config.json").write_text(json.dumps(s.plain(), indent=2) + "\n")
+        if s.overwrite:
+            checkpoint.delete(s.out, LEFT)
+        part = s.out / "config.part"
+        part.write_text(json.dumps(s.plain(), indent=2) + "\n")
+        os.replace(part, s.out / "config.json")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
         weights = list(task.policy.unet.parameters())
         every, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
         print(f"{trained / 1e6:.2f} M of {every / 1e6:.2f} M weights, by {s.algorithm} on {s.reward}, in {s.out}")
     if s.log_with != "none":
         accelerator.init_trackers("sd15", {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
+    began = time.monotonic()
     if s.pretrain:
         pretrain(s, task, accelerator)
+    left = None if s.max_hours is None else max(s.max_hours - (time.monotonic() - began) / 3600, 1e-9)
     result = fit(
-        task.problem, task.learner, task.algorithm, critic=task.critic, conditions=task.conditions, settings=task.fit,
-        callbacks=[Watch(s, task, accelerator), guards_of(s)], resume=s.resume, overwrite=s.overwrite,
-        accelerator=accelerator,
+        task.problem, task.learner, task.algorithm, critic=task.critic, conditions=task.conditions,
+        settings=dataclasses.replace(task.fit, max_hours=left),
+        callbacks=[Watch(s, task, accelerator), guards_of(s)], resume=s.resume, accelerator=accelerator,
     )  # fmt: skip
     if result.ema is not None:
         task.learner.load_state_dict(result.ema.state_dict())
@@ -262,7 +324,7 @@ def pretrain(s: Settings, task: Task, accelerator: Accelerator) -> None:
     settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
     fit(
         task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
-        resume=s.resume, overwrite=s.overwrite, accelerator=accelerator,
+        resume=s.resume, accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -301,10 +363,11 @@ class Watch:
 
 def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation:
     """Evaluate against the untuned model, keep the pipeline, and tell the story."""
+    report.save(s, task.pipeline)  # first of all: what follows takes a while, and asks foreign code
     untuned = models.load(s.model, s.revision, s.variant).to(task.pipeline.unet.device)
     found = judged(s, task.pipeline, untuned, task.eval_prompts, task.rewards)
     found.write(s.out / "evaluation.json")
-    report.save(s, task.pipeline, found)
+    report.card(s, found)
     sides = [
         draw(p, task.eval_prompts, range(Watch.SHOWN), "dpmsolver++", Watch.STEPS, s.guidance, s.batch)
         for p in (untuned, task.pipeline)
@@ -332,8 +395,11 @@ def judged(
 
 def needs(s: Settings) -> str:
     """Memory of what is kept for every weight, and network calls, from the model's config alone."""
-    with init_empty_weights():
+    try:
         config = UNet2DConditionModel.load_config(s.model, subfolder="unet", revision=s.revision)
+    except OSError as wrong:
+        raise ValueError(models.not_there(s.model, Path(s.model), s.variant, wrong)) from wrong
+    with init_empty_weights():
         unet = UNet2DConditionModel.from_config(config)
         if s.lora:
             adapters(unet, s.lora)
@@ -347,10 +413,13 @@ def needs(s: Settings) -> str:
     solver = SOLVERS.get(s.solver, SOLVERS["ddim"])()
     doubled = 2 if s.guidance > 1 else 1
     calls = s.samples * s.steps * solver.calls * doubled
+    disk = (4 * weights + (2 if s.eight_bit else 8) * trained + bytes_of["average"]) * (s.keep_checkpoints + 2)
     return (
-        f"memory: {memory}; {sum(bytes_of.values()) / 2**30:.2f} GiB, and activations of {s.micro_batch} nodes\n"
-        f"an epoch: {s.samples} pictures, {calls} evaluations of the UNet to draw them; {s.epochs} epochs, "
-        f"{s.epochs * s.samples} pictures"
+        f"# memory: {memory}; {sum(bytes_of.values()) / 2**30:.2f} GiB. Besides: activations of {s.micro_batch} nodes, "
+        f"the VAE, the text encoder, the reward and the trajectories in store\n"
+        f"# disk: {disk / 2**30:.2f} GiB for {s.keep_checkpoints} checkpoints, the best and one that is being written\n"
+        f"# an epoch: {s.samples} pictures, {calls} evaluations of the UNet to draw them, and in learning several "
+        f"times as many; {s.epochs} epochs, {s.epochs * s.samples} pictures"
     )
 
 
@@ -463,18 +532,33 @@ def sample(o: Sample) -> Path:
 # ------------------------------------------------------------------------------------------ the command line
 
 
+APART: dict[str, dict[str, Any]] = {
+    "reward": {"algorithm": "actor-critic", "critic": "network", "options": (), "other_reward": None},
+    "algorithm": {"options": ()}, "prompts": {"eval_prompts": None},
+}  # fmt: skip
+
+
+def _split(word: str) -> list[str]:
+    name, equals, value = word.partition("=")
+    return [name, value] if equals and name.startswith("--") else [word]
+
+
 def settings_of(arguments: list[str]) -> Settings:
     """From the command line, over a file (`--config`), over what suits the machine."""
-    file = None
+    file, arguments = None, [part for word in arguments for part in _split(word)]
+    named = {word for word in arguments if word.startswith("--")}
     if "--config" in arguments:
         at = arguments.index("--config")
         if at + 1 == len(arguments):
             raise ValueError("config must name a file")
         file = Path(arguments[at + 1])
         arguments = arguments[:at] + arguments[at + 2 :]
-    elif not torch.cuda.is_available() and not any(word.partition("=")[0] == "--model" for word in arguments):
+    elif not torch.cuda.is_available() and "--model" not in named:
         file = EMBEDDED
     default = Settings() if file is None else Settings.read(file)
+    if file == EMBEDDED:  # what goes with its reward, its algorithm, its prompts does not go with others
+        for name, others in APART.items():
+            default = dataclasses.replace(default, **others) if f"--{name}" in named else default
     return tyro.cli(Settings, args=arguments, default=default, description=__doc__)
 
 
@@ -488,6 +572,7 @@ def main(arguments: list[str]) -> None:
     elif command == "sample":
         sample(tyro.cli(Sample, args=rest))
     elif (s := settings_of(rest)).dry_run:
+        check(s)
         print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
     else:
         train(s)

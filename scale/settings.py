@@ -55,7 +55,8 @@ LIMITS = {
 
 FREE = {
     "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
-    "stop_on_collapse", "reward_retries", "reward_timeout", "pictures_every", "log_with", "other_reward", "dry_run",
+    "stop_on_collapse", "reward_retries", "reward_timeout", "reward_python", "pictures_every", "log_with",
+    "other_reward", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
 }  # fmt: skip
 """What may change when a run is gone on with."""
 
@@ -65,7 +66,7 @@ class Settings:
     """What is trained, on what, and how. The defaults are for Stable Diffusion v1.5 on one GPU."""
 
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x or 2.x."""
+    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x or 2.x; or embedded, the small one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None
@@ -84,8 +85,8 @@ class Settings:
     reward_timeout: float | None = None
     """Seconds that a reward may take for a batch."""
     prompts: str = "animals"
-    """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), a .txt, .csv or .jsonl file, or one
-    prompt."""
+    """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), one prompt, or a file: .txt with a
+    prompt a line, .csv or .jsonl with a column `prompt`, the others being the reward's metadata."""
     eval_prompts: str | None = None
     """Evaluated on; by default those trained on."""
 
@@ -94,14 +95,16 @@ class Settings:
     rewards), or the discrete-time ddpo."""
     options: tuple[str, ...] = ()
     """The algorithm's own, by the names in ctrl/algorithms, such as `--options nodes=64 keep=4`."""
-    critic: Literal["structured", "network"] = "structured"
-    """structured: r(x0hat) plus a network (for a black box a learned stand-in for r); network: a network alone."""
+    critic: Literal["structured", "network"] = "network"
+    """network: of latents, time and prompt; structured: r(x0hat) plus that. A reward with a gradient is then asked, and
+    differentiated through the VAE and the UNet, at every node, which costs accordingly; for a black box a network
+    stands in for it."""
     critic_width: int = 64
     """Channels of the critic's networks."""
     pretrain: int = 0
     """Epochs in which the critic alone learns, before the policy moves."""
     beta: float = 0.1
-    """Reward that a nat of path KL to the untuned model is worth."""
+    """Reward that a nat of path KL to the untuned model is worth; it depends on the reward's scale, kl does not."""
     gamma: float = 0.0
     """Weight of the policy's entropy in reward, for q-learning alone: the variance of its actions is gamma/R."""
     kl: float | None = None
@@ -113,7 +116,8 @@ class Settings:
     steps: int = 20
     """Time steps of a picture."""
     grid: Literal["log-snr", "natural", "uniform"] = "log-snr"
-    """Where they lie: log-snr spends them evenly on the path KL; uniform is even in timesteps, natural in between."""
+    """Where the time steps lie: log-snr spends them evenly on the path KL; uniform is even in timesteps, natural in
+    between. A sampler of diffusers has its own, and no jitter."""
     eta: float = 1.0
     """Noise of the process: 1 is the reverse SDE. Deterministic diffusers samplers set it to 0."""
     guidance: float = 5.0
@@ -122,22 +126,23 @@ class Settings:
     """How far times move from epoch to epoch, in steps, so that the policy is trained at all of them."""
 
     epochs: int = 100
-    """Of one collection of pictures and one round of learning each."""
+    """How often pictures are drawn and learned from; with the learning rate's fall, a run cannot be made longer."""
     samples: int = 64
     """Pictures an epoch, over all processes."""
     in_a_row: int = 1
-    """Pictures of one prompt before the next one comes; ddpo takes their mean for its baseline, with `--options group`.
-    """
+    """Pictures of one prompt before the next one comes; ddpo takes their mean for its baseline, with the option
+    group=N of the same N."""
     lora: int = 0
     """Rank of low-rank adapters on the attention layers; 0 trains every weight of the UNet."""
     lr: float = 1e-5
-    """Learning rate of the UNet (Adam's)."""
+    """Learning rate of the UNet, for AdamW; it falls linearly to a tenth. Adapters (lora) take about ten times more."""
     critic_lr: float = 1e-3
     """Learning rate of the critic."""
     ema: float = 0.0
     """Decay an update of the averaged UNet, which then is what is evaluated and kept; 0 keeps none."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Of the networks' arithmetic; weights, log-densities and KL are float32 in any case."""
+    """Of the networks' arithmetic in training (no: float32); weights, log-densities, KL and the evaluation are float32
+    in any case."""
     gradient_checkpointing: bool = False
     """Less memory, a third more time."""
     eight_bit: bool = False
@@ -150,7 +155,7 @@ class Settings:
     """Nodes in one backward pass on a device; memory and speed depend on it, nothing else."""
 
     seed: int = 0
-    """Of everything that is drawn."""
+    """Of everything that is drawn in training; evaluations have one of their own."""
     out: Path = Path("runs/sd15")
     """The run's folder."""
     resume: bool = False
@@ -158,7 +163,7 @@ class Settings:
     overwrite: bool = False
     """Begin anew in a folder that holds a run; what that left is deleted."""
     checkpoint_every: int = 10
-    """Epochs."""
+    """Epochs between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the last are kept, besides the best."""
     max_hours: float | None = None
@@ -187,6 +192,8 @@ class Settings:
     """Only print these settings, and what they would need."""
 
     def __post_init__(self) -> None:
+        if self.model == "embedded":
+            object.__setattr__(self, "model", str(ASSETS / "tiny-sd"))
         if isinstance(self.out, str):
             object.__setattr__(self, "out", Path(self.out))
         check_fields(self, LIMITS)
@@ -197,11 +204,16 @@ class Settings:
             one_of("solver", self.solver, SOLVERS)
         for name in self.eval_samplers:
             known(name)
+            if name.startswith("sde"):
+                raise ValueError(
+                    f"eval_samplers: {name} draws noise as it goes, so before and after could not be paired"
+                )
         self._check_together()
 
     def _check_together(self) -> None:
         """Raise at settings that exclude one another."""
-        boxed, noiseless = self.solver.startswith(BOXED), self.eta == 0
+        boxed = self.solver.startswith(BOXED)
+        noiseless = self.eta == 0 or (boxed and not self.solver.removeprefix(BOXED).startswith("sde"))
         conflicts = {
             "resume goes on with a run, overwrite deletes it: take one": self.resume and self.overwrite,
             "offload_reference: with lora the reference is the same network, its adapters off": bool(
@@ -212,7 +224,12 @@ class Settings:
             "gamma must be > 0 for q-learning, which learns from actions drawn around the mean, and 0 otherwise": (
                 (self.algorithm == "q-learning") != (self.gamma > 0)
             ),
-            "kl must be left out with eta = 0: without noise there is no path KL": self.kl is not None and noiseless,
+            "eval_steps must be >= 1": any(steps < 1 for steps in self.eval_steps),
+            "kl and max_kl must be left out with eta = 0, or a sampler of diffusers that draws no noise: without noise "
+            "there is no path KL": (self.kl is not None or self.max_kl is not None) and noiseless,
+            f"pretrain must be 0 for {self.algorithm}, which has no critic": bool(
+                self.pretrain and self.algorithm not in LEARN_VALUES
+            ),
             "reward_python runs a reward elsewhere, so it has no gradient for adjoint-matching": (
                 self.algorithm == "adjoint-matching" and self.reward_python is not None and ":" in self.reward
             ),
@@ -248,8 +265,8 @@ class Settings:
             if "float" in kinds[name] and isinstance(value, str):  # 1e-5 without a point is text to YAML
                 with suppress(ValueError):
                     given[name] = float(value)
-        if given.get("model") == "embedded":
-            given["model"] = str(ASSETS / "tiny-sd")
+        if given.get("precision") is False:  # no, to YAML
+            given["precision"] = "no"
         return Settings(**given)
 
     def check_resumed(self) -> None:

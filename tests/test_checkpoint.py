@@ -213,6 +213,18 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     assert kept == {8, max(merits, key=merits.get)}
 
 
+def test_a_broken_one_does_not_count(tmp_path):
+    """A later one that was passed over pushes none out that is whole."""
+    case = {**CASES["actor-critic"], "out": tmp_path, "keep_checkpoints": 1, "schedule": lambda progress: 1.0}
+    train(**case, epochs=6, checkpoint_every=3)
+    (checkpoint.folders(tmp_path)[0] / "model.safetensors").write_bytes(b"")
+    if checkpoint.folders(tmp_path)[1:]:  # the best, if that was not the last
+        with pytest.warns(UserWarning, match="is passed over"):
+            train(**case, epochs=4, checkpoint_every=1, init=8, resume=True)
+        with pytest.warns(UserWarning, match="epoch-000006 is passed over"):
+            assert checkpoint.newest(tmp_path).name == "epoch-000004"
+
+
 def test_another_run_is_overwritten_if_asked(tmp_path):
     train(epochs=2, out=tmp_path, seed=1)
     same_run(train(out=tmp_path, overwrite=True), train(), tmp_path)

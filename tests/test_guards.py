@@ -86,7 +86,7 @@ def test_a_loss_that_is_no_number_is_named_and_kept(tmp_path):
         train(algorithm=Once(poison, everything), patience=1, out=tmp_path)
     (file,) = (tmp_path / "not-finite").iterdir()
     kept = load_file(file)
-    assert file.name == "epoch-000001-policy-0.safetensors"
+    assert file.name == "epoch-000001-policy-1-0.safetensors"
     assert kept["ids"][kept["losses"].isnan()].tolist() == [7] and kept["x"].shape == (everything, 2)
 
 

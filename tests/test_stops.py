@@ -50,9 +50,15 @@ def test_nothing_is_heard_where_nothing_is_kept():
         train(**CASE, callbacks=[send(2, signal.SIGINT)])
 
 
-def test_the_last_epoch_ends_as_it_would(tmp_path):
-    done = train(**CASE, out=tmp_path, callbacks=[send(6, signal.SIGTERM)])
-    same_run(done, whole("actor-critic"), tmp_path)
+def test_a_signal_in_the_last_epoch_ends_what_would_follow(tmp_path):
+    """An evaluation, say; the run has nothing left to do when it is gone on with."""
+    with pytest.raises(Stopped):
+        train(**CASE, out=tmp_path, callbacks=[send(6, signal.SIGTERM)])
+    assert train(**CASE, out=tmp_path, init=8, resume=True).paths == []
+
+
+def test_a_time_limit_does_not_stop_what_has_ended(tmp_path):
+    train(**{**CASE, "epochs": 1}, out=tmp_path, max_hours=1e-9)
 
 
 def test_a_time_limit_is_a_signal(tmp_path):

@@ -92,7 +92,7 @@ class PPOPenalty(PPO):
     penalty: float = 1.0
 
     def loss(self, run: Run, nodes: Nodes) -> Tensor:
-        weight = adapted(self.penalty, [epoch["step_kl"] for epoch in run.history], self.nats)
+        weight = adapted(self.penalty, [epoch["step_kl"] for epoch in run.history if "step_kl" in epoch], self.nats)
         return penalised_loss(run.problem, run.policy, weight, nodes)
 
 
