@@ -146,7 +146,7 @@ def _samplers(found: Evaluation) -> bytes:
     ax.set_xticks(ticks, labels=[str(n) for n in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize="small")
+    figure.legend(loc="outside right center", frameon=False, fontsize="small")
     return _drawn(figure)
 
 
