@@ -88,15 +88,22 @@ def toy_process(out: Path, limit: int | None = None, epoch: int = 0) -> subproce
     return started([sys.executable, "-c", code])
 
 
-def toy_in_process(out: str, limit: int | None, epoch: int) -> None:
-    """What that process does."""
+def toy_in_process(out: str, limit: int | None = None, epoch: int = 0, fault: str = "") -> None:
+    """What that process does. fault: "raises" or "not finite", the reward of the second process in the fourth epoch."""
     torch.set_num_threads(1)
+    good, calls = catalogue.get("mixture-2d").problem.reward, 0
+
+    def reward(x: torch.Tensor, cond: Any = None) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        sick = fault and calls == 4 and os.environ["RANK"] == "1"
+        return REWARDS[fault][0](good(x, cond)) if sick else good(x, cond)
 
     def narrow(run: Run, metrics: dict[str, Any]) -> None:
         if limit is not None and run.epoch == epoch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    toy(Path(out), callbacks=[narrow])
+    toy(Path(out), callbacks=[narrow], reward=reward)
 
 
 def sd_process(out: Path, *changes: str) -> subprocess.Popen[str]:
@@ -422,30 +429,47 @@ def not_a_number(ground: Ground, n: int, bad: tuple[int, ...]) -> bool:
     return right and len(list((out / "not-finite").glob("epoch-000006-policy-*.safetensors"))) == len(bad)
 
 
-def two_processes(ground: Ground) -> tuple[list[str], Path]:
-    """The command that runs the toy on two processes."""
-    out = ground.place()
+def two_processes(ground: Ground, out: Path, fault: str = "") -> subprocess.Popen[str]:
+    """The toy run on two processes."""
     script = ground.folder / "two.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
-        f"from benchmarks import faults; faults.toy_in_process({str(out)!r}, None, 0)\n"
+        f"from benchmarks import faults; faults.toy_in_process({str(out)!r}, fault={fault!r})\n"
     )
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    return [*launch, "--local_addr", "localhost", str(script)], out
+    return started([*launch, "--local_addr", "localhost", str(script)])
+
+
+def both_went_on(ground: Ground, out: Path) -> bool:
+    """Whether two processes go on to the end, with a checkpoint of both."""
+    right = ended(two_processes(ground, out))[0] == 0 and len(records(out)) == EPOCHS
+    return right and len(list(checkpoint.folders(out)[0].glob("replay-*"))) == 2
 
 
 def dead_worker(ground: Ground, n: int) -> bool:
     """One of two processes is killed: the other does not wait for ever, the launcher says what happened, and the run
     goes on to the end."""
-    command, out = two_processes(ground)
-    process = started(command)
+    out = ground.place()
+    process = two_processes(ground, out)
     wait_for((out / "metrics.jsonl").exists, process)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
     os.kill(int(children.split()[-1]), signal.SIGKILL)
     status, said = ended(process)
-    right = status != 0 and ("SIGKILL" in said or "-9" in said)
-    right = right and ended(started(command))[0] == 0 and len(records(out)) == EPOCHS
-    return right and len(list(checkpoint.folders(out)[0].glob("replay-*"))) == 2
+    return status != 0 and ("SIGKILL" in said or "-9" in said) and both_went_on(ground, out)
+
+
+def one_reward(ground: Ground, n: int, fault: str) -> bool:
+    """The reward of one of two processes fails in the fourth epoch. If it raises, both end, with three epochs kept; if
+    it is no number, both leave the epoch out and go on."""
+    out = ground.place()
+    status, said = ended(two_processes(ground, out, fault))
+    if fault == "raises":
+        newest = checkpoint.newest(out)
+        right = status != 0 and "no answer" in said and newest is not None and newest.name == "epoch-000003"
+    else:
+        lines = records(out)
+        right = status == 0 and "left out" in said and ["reward" in line for line in lines].index(False) == 3
+    return right and both_went_on(ground, out)
 
 
 # ------------------------------------------------------------------------------------------ the table
@@ -486,6 +510,8 @@ def faults(o: FaultOptions) -> list[Fault]:
         Fault("loss not a number, twice in a row", 1, partial(not_a_number, bad=(1, 2))),
         Fault("loss not a number, three times in a row", 1, partial(not_a_number, bad=(1, 2, 3))),
         Fault("one of two processes killed", 1, dead_worker),
+        Fault("reward of one of two processes: raises", 1, partial(one_reward, fault="raises")),
+        Fault("reward of one of two processes: not finite", 1, partial(one_reward, fault="not finite")),
     ]
 
 
