@@ -185,17 +185,17 @@ def _prune(run: Run) -> None:
     """Drop all but the last `keep_checkpoints` and the best."""
     assert run.settings.out is not None
     found = [folder for folder in folders(run.settings.out) if _epoch(folder) <= run.epoch]  # later ones are broken
-    best = max(found, key=lambda folder: (merit(run, folder), folder))
+    best = max(found, key=lambda folder: (merit(folder, run.history, getattr(run.problem, "beta", 0.0)), folder))
     for folder in found[run.settings.keep_checkpoints :]:
         if folder != best:
             _drop(folder)
 
 
-def merit(run: Run, folder: Path) -> float:
+def merit(folder: Path, history: Sequence[dict[str, Any]], beta: float) -> float:
     """Reward less what its KL cost, beta KL, in the epoch that the checkpoint ended."""
     epoch = _epoch(folder)
-    metrics = run.history[epoch - 1] if 0 < epoch <= len(run.history) else {}
-    beta = metrics.get("beta", getattr(run.problem, "beta", 0.0))
+    metrics = history[epoch - 1] if 0 < epoch <= len(history) else {}
+    beta = metrics.get("beta", beta)
     return float(metrics.get("reward", -torch.inf)) - beta * metrics.get("kl", 0.0)
 
 

@@ -17,6 +17,7 @@ the pipeline itself stops (`set_alpha_to_one=False`), so its images are rewarded
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,10 @@ class Prompts:
             truncation=True,
             return_tensors="pt",
         )
+        longest = pipeline.tokenizer.model_max_length
+        for p in known:
+            if len(pipeline.tokenizer(p.text).input_ids) > longest:
+                warnings.warn(f"a prompt is cut to {longest} tokens: {p.text[:60]!r} ...", stacklevel=2)
         states = pipeline.text_encoder(tokens.input_ids.to(pipeline.text_encoder.device))
         embeds, pooled = states.last_hidden_state, states.pooler_output[1:]
         pooled = (pooled - pooled.mean(0)) / pooled.std(0, correction=0).clamp(min=1e-6)

@@ -5,6 +5,7 @@
     python scale/sd15.py --config mine.yaml --dry-run         what a file of settings comes to, and what it would need
     python scale/sd15.py evaluate --run runs/sd15             what a run gained, by other samplers, steps, prompts
     python scale/sd15.py sample --run runs/sd15 --prompts "a fox"
+    python scale/sd15.py export --run runs/sd15               the pipeline of its best checkpoint
     accelerate launch scale/sd15.py ...                       the same on many devices
 
 A run leaves in OUT: config.json, metrics.jsonl, tensorboard's events, checkpoints (`--resume` goes on from the last),
@@ -35,6 +36,7 @@ import tyro
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload, init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
@@ -275,7 +277,7 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     s = settings
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
     accelerator = Accelerator(
-        mixed_precision=s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
+        mixed_precision=None if s.precision == "no" else s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
         kwargs_handlers=[patience],
     )  # fmt: skip
     if accelerator.is_main_process:
@@ -455,15 +457,20 @@ class Evaluate:
         check_fields(self, {"samples": ">= 2", "grid_samples": ">= 2", "guidance": ">= 1"})
 
 
-def tuned(run: Path) -> tuple[Settings, StableDiffusionPipeline]:
-    """A run's settings and its pipeline, loaded by diffusers alone."""
+def settings_of_run(run: Path) -> Settings:
+    """As its folder has them."""
     if not (run / "config.json").is_file():
         raise ValueError(f"run: {run} has no config.json: is it the folder of a run?")
-    s = Settings.read(run / "config.json")
+    return Settings.read(run / "config.json")
+
+
+def tuned(run: Path) -> tuple[Settings, StableDiffusionPipeline]:
+    """A run's settings and its pipeline, loaded by diffusers alone."""
+    s = settings_of_run(run)
     if (run / "pipeline").is_dir():
         return s, models.load(str(run / "pipeline"))
     if not (run / "lora").is_dir():
-        raise ValueError(f"run: {run} has no pipeline yet: let the training end, with --resume")
+        raise ValueError(f"run: {run} has no pipeline yet: let the training end, with --resume, or export a checkpoint")
     pipeline = models.load(s.model, s.revision, s.variant)
     pipeline.load_lora_weights(run / "lora")
     return s, pipeline
@@ -484,6 +491,37 @@ def evaluate_run(e: Evaluate) -> Evaluation:
     found.write((e.out or e.run) / "evaluation.json")
     print(found.summary())
     return found
+
+
+@dataclass(frozen=True)
+class Export:
+    """The pipeline of a run as it was at a checkpoint, of one that was stopped, or went on for too long."""
+
+    run: Path
+    """The run's folder."""
+    epoch: int | None = None
+    """Of the checkpoint; by default the best of those kept, by reward less beta KL."""
+
+
+def export(o: Export) -> Path:
+    """Write RUN/pipeline, or RUN/lora, from a checkpoint."""
+    s = settings_of_run(o.run)
+    kept = {int(folder.name.removeprefix("epoch-")): folder for folder in checkpoint.folders(o.run)}
+    if not kept or o.epoch not in (None, *kept):
+        raise ValueError(f"epoch must be that of a checkpoint in {o.run}: {', '.join(map(str, kept)) or 'it has none'}")
+    lines = (o.run / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines[: max(kept)]]
+    folder = kept[o.epoch or max(kept, key=lambda epoch: checkpoint.merit(kept[epoch], history, s.beta))]
+    if fault := checkpoint.broken(folder):
+        raise ValueError(f"epoch: {folder} is not whole: {fault}")
+    pipeline = pipeline_of(s, torch.device("cpu"))
+    average = folder / "ema.safetensors"
+    weights = load_file(average if average.exists() else folder / "model.safetensors")
+    inner = {k.removeprefix("mean."): v for k, v in weights.items()}  # q-learning's policy has the score for its mean
+    pipeline.unet.load_state_dict({k.removeprefix("unet."): v for k, v in inner.items() if k.startswith("unet.")})
+    report.save(dataclasses.replace(s, out=o.run), pipeline)
+    print(f"{folder.name} -> {o.run / ('lora' if s.lora else 'pipeline')}")
+    return folder
 
 
 @dataclass(frozen=True)
@@ -563,14 +601,16 @@ def settings_of(arguments: list[str]) -> Settings:
 
 
 def main(arguments: list[str]) -> None:
-    """train (which may be left out), evaluate, sample."""
-    command, *rest = arguments if arguments[:1] and arguments[0] in ("train", "evaluate", "sample") else (
+    """train (which may be left out), evaluate, sample, export."""
+    command, *rest = arguments if arguments[:1] and arguments[0] in ("train", "evaluate", "sample", "export") else (
         "train", *arguments
     )  # fmt: skip
     if command == "evaluate":
         evaluate_run(tyro.cli(Evaluate, args=rest))
     elif command == "sample":
         sample(tyro.cli(Sample, args=rest))
+    elif command == "export":
+        export(tyro.cli(Export, args=rest))
     elif (s := settings_of(rest)).dry_run:
         check(s)
         print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))

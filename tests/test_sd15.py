@@ -9,13 +9,14 @@ import torch
 import yaml
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 
 from ctrl.algorithms import KLBudget
 from scale import make_tiny_sd, models, sd15
 from scale.evaluate import draw
 from scale.make_tiny_sd import Recipe, untrained
 from scale.prompts import Prompt, read
-from scale.sd15 import Evaluate, Sample, evaluate_run, main, needs, sample, settings_of, train
+from scale.sd15 import Evaluate, Export, Sample, evaluate_run, export, main, needs, sample, settings_of, train
 from scale.settings import ASSETS, EMBEDDED, Settings
 from scale.shapes import judge, parse
 
@@ -128,6 +129,15 @@ def test_a_stopped_run_goes_on(model, tmp_path):
     again = train(short(model, tmp_path / "whole", epochs=2, checkpoint_every=1, resume=True))
     for p, q in zip(whole.pipeline.unet.parameters(), again.pipeline.unet.parameters(), strict=True):
         assert torch.equal(p, q)
+    folder = export(Export(tmp_path / "whole", epoch=1))
+    exported = StableDiffusionPipeline.from_pretrained(tmp_path / "whole" / "pipeline").unet.state_dict()
+    held = load_file(folder / "model.safetensors")
+    assert folder.name == "epoch-000001" and all(torch.equal(v, held[f"unet.{k}"]) for k, v in exported.items())
+    lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
+    merits = [m["reward"] - 0.1 * m["kl"] for m in map(json.loads, lines)]
+    assert export(Export(tmp_path / "whole")).name == f"epoch-{1 + merits.index(max(merits)):06d}"
+    with pytest.raises(ValueError, match=r"epoch must be that of a checkpoint in .*: 2, 1"):
+        export(Export(tmp_path / "whole", epoch=7))
 
 
 @pytest.mark.parametrize(
