@@ -277,8 +277,8 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     s = settings
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
     accelerator = Accelerator(
-        mixed_precision=None if s.precision == "no" else s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
-        kwargs_handlers=[patience],
+        mixed_precision=None if s.precision == "no" else s.precision,
+        log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out, kwargs_handlers=[patience],
     )  # fmt: skip
     if accelerator.is_main_process:
         why = "" if torch.cuda.is_available() else " (there is no CUDA; --model names another)"

@@ -141,8 +141,8 @@ class Settings:
     ema: float = 0.0
     """Decay an update of the averaged UNet, which then is what is evaluated and kept; 0 keeps none."""
     precision: Literal["no", "bf16", "fp16"] = "no"
-    """Of the networks' arithmetic in training (no: float32, or as accelerate launch has it); weights, log-densities, KL and the evaluation are float32
-    in any case."""
+    """Of the networks' arithmetic in training (no: float32, or as accelerate launch has it); weights, log-densities,
+    KL and the evaluation are float32 in any case."""
     gradient_checkpointing: bool = False
     """Less memory, a third more time."""
     eight_bit: bool = False
