@@ -194,7 +194,7 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Policy]:
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
     entry, method = entry_of(job.problem), method_of(job.method)
-    settings = Settings(steps=job.steps, seed=job.seed, progress=False, **method.settings)
+    settings = Settings(steps=job.steps, seed=job.seed, progress=False, patience=1, **method.settings)
     settings = replace(settings, epochs=max(job.trajectories // settings.samples, 1))
     if job.lr is not None:
         settings = replace(settings, lr=job.lr, critic_lr=CRITIC * job.lr)

@@ -97,7 +97,11 @@ def culprit(run: Run, name: str, loss: Loss, nodes: Nodes) -> NotFinite:
         place = f"step {int(nodes.k[i])} (t = {float(nodes.t[i]):.4g}) of sample id {int(nodes.ids[i])}"
         where = f"the loss is {float(losses[i])} at {place}"
     else:
-        where = f"the gradient of {gradients[0]} is not finite" if gradients else "on another process"
+        where = (
+            f"the gradient of {gradients[0]} is not finite"
+            if gradients
+            else "a sum is not finite, or another process's"
+        )
     kept = {"t": nodes.t, "x": nodes.x, "ids": nodes.ids, "losses": losses, **nodes.fields}
     return NotFinite(f"{name}: {where}; take a smaller learning rate, or look at what the {name} returns there", **kept)
 

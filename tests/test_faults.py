@@ -30,7 +30,7 @@ def ground(tmp_path_factory):
 @pytest.mark.parametrize(
     "fault",
     [
-        pytest.param(f, marks=pytest.mark.long if f.name.startswith(APART[1:]) else ())
+        pytest.param(f, marks=pytest.mark.long if f.name.startswith(APART) else ())
         for f in QUICK if f.times
     ],
     ids=lambda fault: fault.name,

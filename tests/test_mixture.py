@@ -184,7 +184,9 @@ def truth_of(mixture):
     return torch.cat([mixture.mean, second.flatten(), wave])
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.6])
+@pytest.mark.parametrize(
+    "eta", [0.0, 1.0, pytest.param(0.5, marks=pytest.mark.long), pytest.param(1.6, marks=pytest.mark.long)]
+)
 def test_marginals_are_kept_at_every_eta(eta):
     """Y_0 ~ p_{s_max}, a = the score: Y_T ~ p_{s_min} at every eta; z-tests on features. Heun's bias, from half the
     steps on the same initial states, stays under a third of a standard error."""

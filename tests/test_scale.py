@@ -87,7 +87,7 @@ class Brightness:
     out numbers without a graph."""
 
     def __init__(self, black_box: bool) -> None:
-        self.black_box = black_box
+        self.black_box, self.differentiable = black_box, not black_box
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: object = None) -> Tensor:
         assert images.shape[1:] == (3, 16, 16)
