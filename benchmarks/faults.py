@@ -6,7 +6,7 @@ the one to which nothing happened: policy, critic, average, optimisers and traje
 equal, and the same metrics, no line lost or doubled. Where nothing can be gone on with, an error that says so is what
 is wanted, and anything else is not survival.
 
-    python benchmarks/faults.py            about ten minutes on two cores
+    python benchmarks/faults.py            about a quarter of an hour on two cores
     python benchmarks/faults.py --quick
 """
 

@@ -1,6 +1,7 @@
 """Every code block of the README runs and prints what stands below it, and every name in it exists."""
 
 import importlib
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import pytest
 import ctrl
 from toy import catalogue
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README, RESULTS = (ROOT / "README.md").read_text(), ROOT / "benchmarks" / "results"
 BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n[^\n]*\n\n```text\n(.*?)```)?", README, re.DOTALL)
 
 
@@ -17,6 +19,12 @@ BLOCKS = re.findall(r"```python\n(.*?)```(?:\n\n[^\n]*\n\n```text\n(.*?)```)?", 
 def test_block_prints_what_the_readme_says(block, printed, capsys):
     exec(compile(block, "README.md", "exec"), {})
     assert capsys.readouterr().out == printed
+
+
+def test_its_table_of_faults_is_what_was_measured():
+    rows = json.loads((RESULTS / "faults.json").read_text())["rows"]
+    table = [f"| {row['fault']} | {row['tried']} | {row['survived']} |" for row in rows]
+    assert "\n".join(["| fault | tried | survived |", "|---|---|---|", *table]) in README
 
 
 def test_it_names_every_problem():
