@@ -257,10 +257,20 @@ class Run:
             guards.same_policy(self, batch)
             self.replay.add(batch, self.algorithm.keep)
             self.algorithm.learn(self)
+        self._count_what_the_critic_asked()
         self.epoch += 1
         metrics = {"epoch": self.epoch, **self.counts, **self._summary(), "seconds": time.perf_counter() - began}
         self.history.append(metrics)
         return metrics
+
+    def _count_what_the_critic_asked(self) -> None:
+        """A structured critic asks the reward too, wherever V is wanted."""
+        asked = getattr(self._critic, "asked", None)
+        if asked is not None:
+            self.counts["reward_calls"] += int(
+                self.accelerator.reduce(torch.tensor(asked, device=self.accelerator.device))
+            )
+            self._critic.asked = 0  # type: ignore[union-attr]
 
     def _collected(self) -> Batch | None:
         """This process's share of an epoch's trajectories; nothing, if some of any process left the numbers. Any other

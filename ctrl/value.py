@@ -105,10 +105,12 @@ class StructuredCritic(LearnedCritic):
         super().__init__()
         self.problem, self.network, self.skip = problem, network, skip
         self.stand_in = reward  # the problem's own reward is not the critic's to train, even if it is a module
+        self.asked = 0  # how often the problem's own was asked, since somebody last looked
 
     def combine(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Any) -> Tensor:
         u = (1 - t / self.problem.horizon).clamp(0, 1).to(x.dtype)
         r: Reward = self.problem.reward if self.stand_in is None else self.stand_in
+        self.asked += len(x) if self.stand_in is None else 0
         reward, correction = r(x0hat, cond), self.network(t, x, x0hat, cond)
         same_shape(reward=reward, network=correction, u=u)
         if torch.is_grad_enabled() and x.requires_grad and not reward.requires_grad:  # or grad V lacks its part

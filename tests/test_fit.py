@@ -378,8 +378,9 @@ def test_metrics_by_hand():
     assert first["network_calls"] == epoch
     assert second["network_calls"] == 2 * epoch + 2 * nodes
     assert (first["epoch"], second["epoch"]) == (1, 2)
-    for name in ("trajectories", "reward_calls"):
-        assert (first[name], second[name]) == (24, 48)
+    assert (first["trajectories"], second["trajectories"]) == (24, 48)
+    asked = nodes + (3 + 3) * 64  # V of a batch, of the critic's hands and of those it labels, by a structured critic
+    assert (first["reward_calls"], second["reward_calls"]) == (24 + asked, 48 + 2 * asked + nodes)
     assert list(first) == [
         "epoch", "trajectories", "network_calls", "reward_calls", "reward", "reward_std", "spread", "kl",
         "critic_loss", "critic_grad_norm", "policy_loss", "policy_grad_norm", "seconds",
