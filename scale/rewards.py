@@ -270,13 +270,26 @@ def reward_of(text: str, python: str | None = None) -> Reward:
     """What the text names. python: the interpreter in which `module:function`, or imagereward, is imported, instead of
     this one."""
     parts = []
-    for term in text.split(" + "):
-        weight, _, name = term.rpartition("*")
+    for weight, name in terms(text):
         try:
-            parts.append((_weight(weight.strip() or "1"), _one(name.strip(), python)))
+            parts.append((weight, _one(name, python)))
         except ValueError as wrong:
             raise ValueError(f"reward {text!r}: {wrong}") from wrong
     return parts[0][1] if len(parts) == 1 and parts[0][0] == 1.0 else Weighted(tuple(parts))
+
+
+def terms(text: str) -> list[tuple[float, str]]:
+    """The weights and names of a sum, checked as far as that goes without a model or a module."""
+    found = []
+    for term in text.split(" + "):
+        weight, _, name = (part.strip() for part in term.rpartition("*"))
+        try:
+            if ":" not in name:
+                one_of("a name without a colon (module:function)", name.partition("=")[0], NAMES)
+            found.append((_weight(weight or "1"), name))
+        except ValueError as wrong:
+            raise ValueError(f"reward {text!r}: {wrong}") from wrong
+    return found
 
 
 def _weight(text: str) -> float:
@@ -291,8 +304,6 @@ def _weight(text: str) -> float:
 
 def _one(name: str, python: str | None) -> Reward:
     key, _, model = name.partition("=")
-    if ":" not in name:
-        one_of("a name without a colon (module:function)", key, NAMES)
     if python is not None and (key not in NAMES or key == "imagereward"):
         made = Elsewhere(python, name)
         made.worker = made.start()  # what cannot be imported there is said now

@@ -55,7 +55,7 @@ from scale import prompts as prompt_lists
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
 from scale.evaluate import Evaluation, draw, evaluate
 from scale.prompts import Prompt
-from scale.rewards import Patient, Reward, ask, ceiling_of, reward_of
+from scale.rewards import Patient, Reward, ask, ceiling_of, reward_of, terms
 from scale.samplers import BlackBox, known, sampler
 from scale.settings import ALGORITHMS, ASSETS, BOXED, EMBEDDED, GRIDS, LEARN_VALUES, SOLVERS, Settings
 
@@ -201,6 +201,9 @@ def check(s: Settings) -> tuple[list[Prompt], list[Prompt]]:
         raise ValueError(f"in_a_row must divide the {s.samples} samples of an epoch, got {s.in_a_row}")
     if s.log_with == "wandb" and find_spec("wandb") is None:
         raise ValueError("log_with wandb needs wandb: pip install wandb")
+    for reward in (s.reward, s.other_reward):
+        if reward is not None:
+            terms(reward)
     prompts = prompt_lists.read(s.prompts)
     return prompts, prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
 
