@@ -134,6 +134,7 @@ class AlgorithmOptions(Options):
     """Processes."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if unknown := [name for name in self.method if name not in METHODS]:
             raise ValueError(f"method must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
         if self.algorithm is not None and ":" not in self.algorithm:

@@ -100,6 +100,7 @@ class BiasOptions(Options):
     """Where policies are trained, but for the probability flow's: cpu or cuda. What is exact stays on the CPU."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():

@@ -18,8 +18,16 @@ from typing import Any
 
 import torch
 
+from ctrl.fields import check_fields
+
 PACKAGES = ("ctrl-diffusion", "torch", "torchsde", "numpy", "scipy")
 Row = dict[str, str | int | float | bool | None]
+
+
+LIMITS = {
+    **dict.fromkeys(("seeds", "trajectories", "images", "jobs", "workers", "batch", "repeats", "threads"), ">= 1"),
+    **dict.fromkeys(("seed", "kills", "kills_sd", "damages"), ">= 0"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class Options:
     """A smaller run, under a minute on two cores."""
     seed: int = 0
     """Seed of all randomness."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, LIMITS)
 
 
 def number(row: Row, name: str) -> float:

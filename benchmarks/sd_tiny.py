@@ -93,6 +93,7 @@ class SDTinyOptions(Options):
     """Runs at a time, each on one thread."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, known in (("reward", REWARDS), ("method", METHODS)):
             if unknown := [v for v in getattr(self, name) if v not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")

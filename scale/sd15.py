@@ -505,6 +505,9 @@ class Export:
     epoch: int | None = None
     """Of the checkpoint; by default the best of those kept, by reward less beta KL."""
 
+    def __post_init__(self) -> None:
+        check_fields(self, {"epoch": ">= 1"})
+
 
 def export(o: Export) -> Path:
     """Write RUN/pipeline, or RUN/lora, from a checkpoint."""

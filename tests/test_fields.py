@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ctrl.algorithms
+from benchmarks import algorithms, discretization_error, faults, report, rollout, sd_tiny
 from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
 from ctrl.stops import RunFailed
@@ -29,9 +30,14 @@ ALGORITHMS = [
     kind for kind in vars(ctrl.algorithms).values()
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and not inspect.isabstract(kind)
 ]  # fmt: skip
-SETTINGS = [fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, *ALGORITHMS]
+BENCHMARKS = [
+    algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options, rollout.Options,
+    sd_tiny.SDTinyOptions,
+]  # fmt: skip
+SETTINGS = [fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, sd15.Export, *ALGORITHMS, *BENCHMARKS]
 NEEDED = {
     "Evaluate": {"run": Path("run")}, "Sample": {"run": Path("run")},
+    "Export": {"run": Path("run")},
     "KLBudget": {"algorithm": ctrl.algorithms.ActorCritic(), "nats": 1.0},
 }  # fmt: skip
 
