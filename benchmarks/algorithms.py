@@ -26,10 +26,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -40,11 +38,10 @@ from accelerate import Accelerator
 from matplotlib.figure import Figure
 from scipy.stats import t as student
 from torch import Tensor
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, number, table, write
+from benchmarks.report import Options, Row, carried_out, number, table, write
 from ctrl import (
     Estimate,
     EulerMaruyama,
@@ -284,14 +281,7 @@ def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, de
         return [json.loads(file.read_text()) for file in files.values() if file.exists()]
     kept = {job for job, file in files.items() if file.exists() and file.with_suffix(".pt").exists()}
     missing = [job for job in files if job not in kept or ":" in job.method]  # a user's own may have changed
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run, job, store, device) for job in missing]
-        try:
-            for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    carried_out(run, [(job, store, device) for job in missing], workers, len(jobs))
     return [json.loads(file.read_text()) for file in files.values()]
 
 

@@ -10,13 +10,16 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ctrl.fields import check_fields
 
@@ -43,6 +46,18 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self, LIMITS)
+
+
+def carried_out(work: Callable[..., Any], cases: Sequence[tuple[Any, ...]], workers: int, total: int) -> None:
+    """work(*case) for every case, in processes of their own; `total` are those that were done before as well."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(work, *case) for case in cases]
+        try:
+            for future in tqdm(as_completed(futures), "runs", total=total, initial=total - len(cases)):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def number(row: Row, name: str) -> float:

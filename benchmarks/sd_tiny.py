@@ -23,10 +23,8 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,11 +32,10 @@ from typing import Any
 import torch
 import tyro
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, number, table, write
+from benchmarks.report import Options, Row, carried_out, number, table, write
 from scale import sd15
 from scale.settings import EMBEDDED, Settings
 
@@ -161,14 +158,7 @@ def carry_out(jobs: Sequence[Job], store: Path, workers: int, done: bool) -> dic
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
     missing = [] if done else [job for job in jobs if not files[job].exists()]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(run, job, store) for job in missing]
-        try:
-            for future in tqdm(as_completed(futures), "runs", total=len(jobs), initial=len(jobs) - len(missing)):
-                future.result()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+    carried_out(run, [(job, store) for job in missing], workers, len(jobs))
     return {job: json.loads(file.read_text()) for job, file in files.items() if file.exists()}
 
 

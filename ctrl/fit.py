@@ -564,16 +564,21 @@ def fit(
             run.together(lambda m=metrics: _write(run, m))  # type: ignore[misc]
             if run.epoch % settings.checkpoint_every == 0 or run.epoch == settings.epochs:
                 run.save()
-            shown: dict[str, str] = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
-            with suppress(OSError):  # nobody reads it any more
-                bar.update()
-                bar.set_postfix({**shown, "samples/s": f"{settings.samples / metrics['seconds']:.3g}"})
+            _show(bar, metrics, settings.samples)
             for callback in callbacks:
                 callback(run, metrics)
             if run.epoch < settings.epochs:
                 run.stops.epoch_ends()
             _stop_if_asked(run)
     return Result(policy, critic, run.ema, run.history)
+
+
+def _show(bar: tqdm, metrics: dict[str, Any], samples: int) -> None:
+    """What a bar says of an epoch."""
+    shown: dict[str, str] = {name: f"{metrics[name]:.3g}" for name in ("reward", "kl") if name in metrics}
+    with suppress(OSError):  # nobody reads it any more
+        bar.update()
+        bar.set_postfix({**shown, "samples/s": f"{samples / metrics['seconds']:.3g}"})
 
 
 def _stop_if_asked(run: Run) -> None:

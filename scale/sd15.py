@@ -192,7 +192,7 @@ def check(s: Settings) -> tuple[list[Prompt], list[Prompt]]:
         raise ValueError(
             f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
         )
-    algorithm = algorithm_of(s, True)
+    algorithm = algorithm_of(dataclasses.replace(s, kl=None), True)
     if isinstance(algorithm, DDPO) and algorithm.group not in (0, s.in_a_row):
         raise ValueError(
             f"options: group must be in_a_row = {s.in_a_row}, the pictures of a prompt, got {algorithm.group}"
@@ -246,7 +246,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
         epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else GRIDS[s.grid],
         jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, optimizer=optimizer, ema=s.ema, batch=s.batch,
         micro_batch=s.micro_batch, seed=s.seed, out=s.out, checkpoint_every=s.checkpoint_every,
-        keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
+        keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours, patience=s.patience, mismatch=s.mismatch,
     )  # fmt: skip
     algorithm.check(task, solver, critic)
     try_rewards(pipeline, rewards, prompts, eval_prompts)

@@ -44,19 +44,19 @@ GRIDS = {"log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.un
 LIMITS = {
     **dict.fromkeys(
         ("critic_width", "epochs", "samples", "in_a_row", "batch", "micro_batch", "checkpoint_every",
-         "keep_checkpoints", "eval_headline"), ">= 1",
+         "keep_checkpoints", "eval_headline", "patience"), ">= 1",
     ),
     **dict.fromkeys(("pretrain", "lora", "pictures_every", "reward_retries", "seed"), ">= 0"),
     **dict.fromkeys(("eta", "gamma", "lr", "critic_lr"), ">= 0"),
     **dict.fromkeys(("beta", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
     **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "guidance": ">= 1",
-    "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
+    "mismatch": "in [0, inf]", "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
 }  # fmt: skip
 
 FREE = {
     "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
-    "stop_on_collapse", "reward_retries", "reward_timeout", "reward_python", "pictures_every", "log_with",
-    "other_reward", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
+    "stop_on_collapse", "patience", "mismatch", "reward_retries", "reward_timeout", "reward_python", "pictures_every",
+    "log_with", "other_reward", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
 }  # fmt: skip
 """What may change when a run is gone on with."""
 
@@ -168,6 +168,10 @@ class Settings:
     """How many of the last are kept, besides the best."""
     max_hours: float | None = None
     """End before an epoch that would go over this, as if by SIGTERM: the epoch is kept, `--resume` goes on."""
+    patience: int = 3
+    """How many times in a row a rollout, or an update, may be no number before the run ends."""
+    mismatch: float = 1e-3
+    """How far apart, in nats on a path, the policy may be in rollouts and in updates, over what rounding explains."""
     max_kl: float | None = None
     """Path KL in nats over which a run warns."""
     min_diversity: float = 0.5
