@@ -40,7 +40,7 @@ from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
-from ctrl.rollout import NotFinite, batch_times, concatenate, rollout
+from ctrl.rollout import NotFinite, Trajectory, batch_times, concatenate, rollout
 from ctrl.solvers import Heun, Solver
 from ctrl.stops import TIME_UP, RunFailed, Stopped, Stops
 from ctrl.value import Critic
@@ -80,7 +80,8 @@ _LIMITS = {
         ("epochs", "samples", "steps", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "patience"),
         ">= 1",
     ),
-    **dict.fromkeys(("lr", "critic_lr"), ">= 0"), **dict.fromkeys(("max_grad_norm", "max_hours"), "in (0, inf]"),
+    **dict.fromkeys(("lr", "critic_lr", "reward_lr"), ">= 0"),
+    **dict.fromkeys(("max_grad_norm", "max_hours"), "in (0, inf]"),
     "mismatch": "in [0, inf]", "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "seed": ">= 0",
 }  # fmt: skip
 
@@ -98,6 +99,7 @@ class Settings:
         jitter: how far, in steps, the interior times move at random each epoch, so that a continuous-time policy is
             trained at all times; below ½, and 0 for a fixed grid.
         lr, critic_lr: learning rates of the two optimisers; the policy's is the smaller, so that the critic keeps up.
+        reward_lr: that of a reward which is learned (`ctrl.algorithms.InverseRL`).
         optimizer: optimizer(parameters, lr=) -> torch.optim.Optimizer.
         schedule: the factor on the learning rates as a function of the fraction of the run that is done.
         max_grad_norm: gradients longer than this are shortened to it.
@@ -123,6 +125,7 @@ class Settings:
     jitter: float = 0.4
     lr: float = 1e-2
     critic_lr: float = 4e-2
+    reward_lr: float = 1e-3
     optimizer: Callable[..., torch.optim.Optimizer] = adam
     schedule: Callable[[float], float] = linear_decay
     max_grad_norm: float = 1.0
@@ -205,9 +208,12 @@ class Run:
         self.conditions = conditions or (lambda ids: None)
         self.policy, self._critic = policy, critic
         self.learners = {"policy": self._learner(policy, settings.lr)}
-        model: Any = critic  # an exact critic is no module, and learns nothing
-        if isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()):
-            self.learners["critic"] = self._learner(model, settings.critic_lr)
+        others: dict[str, tuple[Any, float]] = {
+            "critic": (critic, settings.critic_lr), "reward": (problem.reward, settings.reward_lr),
+        }  # fmt: skip
+        for name, (model, lr) in others.items():  # what is exact, or given, is no module, and learns nothing
+            if isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()):
+                self.learners[name] = self._learner(model, lr)
         self.ema = copy.deepcopy(policy).requires_grad_(False) if settings.ema else None
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
         self.epoch = self.kept = 0
@@ -324,6 +330,12 @@ class Run:
                 path = with_reward(path, self.problem.reward(path.x[-1], cond))
             paths.append(replace(path, cond=None))
         return Batch(concatenate(paths))
+
+    def rewarded(self, path: Trajectory) -> Trajectory:
+        """The same trajectories with the reward as it is now."""
+        self.counts["reward_calls"] += self.settings.samples
+        end = batch_times(path.t[-1:], path.x.dtype, len(path.ids))[0]
+        return with_reward(path, self._evaluate(lambda t, x, c: self.problem.reward(x, c), path.ids, end, path.x[-1]))
 
     # what an algorithm may ask for
 

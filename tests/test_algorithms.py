@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
@@ -20,8 +20,11 @@ from ctrl import (
     COSINE,
     Critic,
     Estimate,
+    EulerMaruyama,
+    Heun,
     Mean,
     Problem,
+    Solver,
     StructuredCritic,
 )  # fmt: skip
 from ctrl.algorithms import (
@@ -29,16 +32,22 @@ from ctrl.algorithms import (
     AdjointMatching,
     Algorithm,
     GaussianNetwork,
+    InverseRL,
     KLBudget,
+    NextValue,
     PathConsistency,
     PolicyIteration,
     PPOClip,
     PPOPenalty,
     QLearning,
+    TDForm,
 )  # fmt: skip
 from ctrl.fit import Run, Settings, fit
+from ctrl.noise import INITIAL, Noise
 from toy import catalogue
+from toy.gaussian import QuadraticReward
 from toy.lq import LQ, Coefficient, LinearPolicy, Moments, QuadraticValue
+from toy.networks import Policy
 
 # ------------------------------------------------------------------------------------------ at fixed parameters
 
@@ -140,12 +149,14 @@ class Recorder(Run):
             self.first = torch.cat([p.grad.flatten() for p in self.policy.parameters()])
 
 
-def first_gradients(algorithm: Algorithm, case: Case, steps: int, epochs: int, samples: int, seed: int = 0) -> Tensor:
+def first_gradients(
+    algorithm: Algorithm, case: Case, steps: int, epochs: int, samples: int, seed: int = 0, solver: Solver = Heun()
+) -> Tensor:
     """An estimate of grad J an epoch, (epochs, J), at fixed parameters and with the exact critic of the policy."""
     explores = isinstance(algorithm, QLearning)
     still = Settings(
         epochs=epochs, samples=samples, steps=steps, lr=0.0, max_grad_norm=math.inf, optimizer=torch.optim.SGD,
-        progress=False, jitter=0.0, seed=seed,
+        progress=False, jitter=0.0, seed=seed, solver=solver,
     )  # fmt: skip
     critic = case.value(explores)
     run = Recorder(case.problem, case.policy(explores), algorithm, critic, None, still, Accelerator(cpu=True))
@@ -168,11 +179,12 @@ class Still:
     order: int
     steps: int
     samples: int = 256
+    solver: Solver = field(default_factory=Heun)
 
     def estimate(self, case: Case) -> Estimate:
         """Of grad J, extrapolated from N and 2N steps to infinitely many; each has its own noise."""
         coarse, fine = (
-            first_gradients(self.algorithm(self.samples, n), case, n, EPOCHS, self.samples, seed=n)
+            first_gradients(self.algorithm(self.samples, n), case, n, EPOCHS, self.samples, seed=n, solver=self.solver)
             for n in (self.steps, 2 * self.steps)
         )
         return Estimate.of(fine + (fine - coarse) / (2**self.order - 1))
@@ -180,6 +192,7 @@ class Still:
 
 pytestmark = pytest.mark.long
 
+ALONE = ActorCritic(critic_updates=0, actor_updates=0, keep=1)
 EVERY = {
     "actor-critic": Still(lambda b, n: ActorCritic(0, 1, b * (n + 1), keep=1, nats=math.inf), 2, 10),
     "ppo, penalty": Still(lambda b, n: PPOPenalty(updates=1, nodes=b * (n + 1)), 2, 10),
@@ -189,6 +202,8 @@ EVERY = {
     "path consistency": Still(lambda b, n: PathConsistency(1, b, keep=1), 1, 20, 768),
     "q-learning": Still(lambda b, n: QLearning(0, 1, b * n, keep=1), 1, 20, 512),
     "q-learning, own slope": Still(lambda b, n: QLearning(0, 1, b * n, keep=1, critic_control=False), 1, 20, 768),
+    "TD form": Still(lambda b, n: TDForm(1, b * n, ALONE), 1, 20, 768),
+    "next value": Still(lambda b, n: NextValue(1, b * n, ALONE), 1, 20, 512, EulerMaruyama()),
 }
 LEAN = Still(lambda b, n: AdjointMatching(1, b * (n + 1)), 2, 10)
 
@@ -408,3 +423,40 @@ def test_a_kl_budget_is_kept(nats):
     end = learn("gaussian-1d", KLBudget(ActorCritic(), nats=nats), **{**SMALL, "epochs": 160})
     kl = [epoch["kl"] for epoch in end.history[-60:]]
     assert abs(sum(kl) / len(kl) / nats - 1) <= 0.1
+
+
+SAMPLES = 256
+
+
+class Linearly(nn.Module):
+    """r = w x."""
+
+    differentiable = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, cond: Any) -> Tensor:
+        return self.w * x[:, 0]
+
+
+def test_inverse_rl_finds_the_reward_that_explains_the_data():
+    """Data are drawn from the optimum of w x: among rewards of this form it alone explains them, and where the
+    samples' mean is the data's, w is found. Its error is that of two means of SAMPLES over d mean/dw, times what the
+    last epochs average over."""
+    gaussian, w = catalogue.get("gaussian-1d").exact, 0.4
+    lq = dataclasses.replace(gaussian, reward=QuadraticReward(torch.zeros(1, 1), torch.full((1,), w))).lq
+    end = lq.moments(lq.optimal_policy())
+    at = np.array([lq.horizon])
+    mean, sd = float(end.mean(at)[0, 0]), float(end.covariance(at)[0, 0, 0]) ** 0.5
+    problem = dataclasses.replace(gaussian.problem, reward=Linearly())
+    inverse = InverseRL(AdjointMatching(10, 512), lambda ids: mean + sd * Noise(5).normal(ids, (1,), INITIAL), 0.0)
+    settings = Settings(
+        epochs=60, samples=SAMPLES, steps=20, reward_lr=0.02, progress=False, schedule=lambda done: 1 - 0.9 * done
+    )
+    torch.manual_seed(0)
+    fit(problem, Policy(problem), inverse, settings=settings)
+    slope = float(gaussian.C) / gaussian.beta  # of the mean of exp(w x / beta) N(., C), in w
+    found = problem.reward.w.item()
+    assert abs(found - w) < 4 * sd * (2 / SAMPLES) ** 0.5 / slope

@@ -6,6 +6,8 @@ q_learning         V and q = gamma log pi together, from sampled actions
 policy_iteration   evaluate and improve, each to its end
 path_consistency   squared residuals of whole trajectories, replayed; reward values alone
 adjoint_matching   regression on the action that is greedy for an adjoint; no critic
+value_forms        the TD form, and the next value of DxMI, in place of the actor-critic's gradient form
+inverse_rl         the reward is learned too, from data; around any of these
 kl_budget          beta adapted to a path KL in nats, around any of these
 ddpo               the discrete-time baseline
 """
@@ -14,11 +16,13 @@ from ctrl.algorithms.actor_critic import ActorCritic
 from ctrl.algorithms.adjoint_matching import AdjointMatching
 from ctrl.algorithms.base import Algorithm
 from ctrl.algorithms.ddpo import DDPO
+from ctrl.algorithms.inverse_rl import InverseRL
 from ctrl.algorithms.kl_budget import KLBudget
 from ctrl.algorithms.path_consistency import PathConsistency
 from ctrl.algorithms.policy_iteration import PolicyIteration
 from ctrl.algorithms.ppo import PPOClip, PPOPenalty
 from ctrl.algorithms.q_learning import GaussianNetwork, QLearning
+from ctrl.algorithms.value_forms import NextValue, TDForm
 
 __all__ = [
     "DDPO",
@@ -26,10 +30,13 @@ __all__ = [
     "AdjointMatching",
     "Algorithm",
     "GaussianNetwork",
+    "InverseRL",
     "KLBudget",
+    "NextValue",
     "PPOClip",
     "PPOPenalty",
     "PathConsistency",
     "PolicyIteration",
     "QLearning",
+    "TDForm",
 ]

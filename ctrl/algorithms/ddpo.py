@@ -20,7 +20,7 @@ from torch import Tensor
 from ctrl.algorithms.base import Algorithm, check_noise
 from ctrl.gaussian import Gaussian, Mean
 from ctrl.problem import Problem, ScoreAsAction
-from ctrl.replay import Nodes
+from ctrl.replay import Batch, Nodes
 from ctrl.solvers import GaussianStep, Solver, at_steps
 from ctrl.value import Critic
 
@@ -56,11 +56,9 @@ class DDPO(Algorithm):
         run.lay_actions()
         (batch,) = run.replay.batches
         path, steps = batch.trajectory, batch.steps
-        chain = Chain(run.problem, _gaussian(run.settings.solver), path.t)
+        chain = Chain(run.problem, gaussian(run.settings.solver, "DDPO"), path.t)
         batch.lay("x_next", path.x[1:])
-        batch.lay("x_before", path.x.roll(1, 0))
-        for name in ("a_old", "a_ref"):
-            batch.lay(f"{name}_before", batch.fields[name].roll(1, 0))
+        chain.lay_before(batch)
         with torch.no_grad():
             left = run.nodes(batch, range(steps))
             cost = self.cost(chain, left, left["a_old"], chain.law(left, left["a_old"], left["a_old_before"]))
@@ -85,15 +83,13 @@ class DDPO(Algorithm):
 
     def cost(self, chain: Chain, nodes: Nodes, a: Tensor, law: Gaussian) -> Tensor:
         """Discounted cost of each step at the actions a, (n,); law is that of x_{k+1} under them."""
-        problem, a_ref = chain.problem, nodes["a_ref"]
         if self.chain_kl:
-            assert isinstance(problem, ScoreAsAction)
-            return problem.beta * law.kl(chain.law(nodes, a_ref, nodes["a_ref_before"]))
-        decay = torch.exp(-problem.discount * nodes.t)
-        return decay * chain.span(nodes) * problem.running_cost(nodes.t, nodes.x, a, a_ref, nodes.cond)
+            assert isinstance(chain.problem, ScoreAsAction)
+            return chain.problem.beta * law.kl(chain.law(nodes, nodes["a_ref"], nodes["a_ref_before"]))
+        return step_cost(chain, nodes, a)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        _gaussian(solver)
+        gaussian(solver, "DDPO")
         check_noise(problem)
         if self.chain_kl and not isinstance(problem, ScoreAsAction):
             raise ValueError("chain_kl needs a ScoreAsAction problem: elsewhere the running cost is not a KL")
@@ -105,6 +101,12 @@ class Chain:
     def __init__(self, problem: Problem, solver: GaussianStep, times: Tensor) -> None:
         self.problem, self.solver, self.times = problem, solver, times
         self.plan: list[Any] = solver.plan(problem, times)
+
+    def lay_before(self, batch: Batch) -> None:
+        """Beside the nodes, what was at the one before."""
+        batch.lay("x_before", batch.trajectory.x.roll(1, 0))
+        for name in ("a_old", "a_ref"):
+            batch.lay(f"{name}_before", batch.fields[name].roll(1, 0))
 
     def law(self, nodes: Nodes, a: Tensor, a_before: Tensor) -> Gaussian:
         """Of x_{k+1}, given x_k and what the step before carried along."""
@@ -126,10 +128,18 @@ class Chain:
         return span[nodes.k].to(nodes.t)
 
 
-def _gaussian(solver: Solver) -> GaussianStep:
+def step_cost(chain: Chain, nodes: Nodes, a: Tensor) -> Tensor:
+    """Discounted running cost of each step at the actions a, a left sum, (n,)."""
+    problem = chain.problem
+    decay = torch.exp(-problem.discount * nodes.t)
+    return decay * chain.span(nodes) * problem.running_cost(nodes.t, nodes.x, a, nodes["a_ref"], nodes.cond)
+
+
+def gaussian(solver: Solver, who: str) -> GaussianStep:
+    """The solver, if its steps have a density."""
     if not isinstance(solver, GaussianStep):
         raise ValueError(
-            f"solver {type(solver).__name__} has no transition density, which DDPO needs: take EulerMaruyama, DDIM, "
+            f"solver {type(solver).__name__} has no transition density, which {who} needs: take EulerMaruyama, DDIM, "
             f"Exponential or Multistep2"
         )
     return solver

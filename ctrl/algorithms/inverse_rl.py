@@ -1,0 +1,83 @@
+"""Maximum-entropy inverse reinforcement learning: the reward is what tells data from samples, and is learned too (DxMI,
+Yoon et al. 2024, arXiv 2406.19464).
+
+With an energy e = -r, in turn: the energy descends
+
+    E_data[e] - E_samples[e] + squares (E_data[e²] + E_samples[e²]),
+
+the reward of the newest samples is asked again, and another algorithm learns from it. Where both stand still, data and
+samples have the same mean of every direction de/dphi in which the energy can move (up to what the squares do).
+
+The problem's reward must be a module (x, cond) -> (B,); `fit` then has an optimiser for it (`Settings.reward_lr`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from ctrl.algorithms.base import Algorithm
+from ctrl.gaussian import GaussianPolicy, Mean
+from ctrl.problem import Problem
+from ctrl.replay import Nodes
+from ctrl.rollout import Trajectory
+from ctrl.solvers import Solver
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class InverseRL(Algorithm):
+    """
+    Attributes:
+        algorithm: learns from the reward as it is now.
+        data: data(ids) -> (n, *D), one datum for each sample id.
+        squares: weight of the energies' squares, which keeps them in bounds.
+        updates: optimiser steps of the reward an epoch.
+    """
+
+    algorithm: Algorithm
+    data: Callable[[Tensor], Tensor]
+    squares: float = 0.1
+    updates: int = 1
+
+    def learn(self, run: Run) -> None:
+        batch = run.replay.batches[-1]
+        ends = run.nodes(batch, range(batch.steps, batch.steps + 1))
+        for _ in range(self.updates):
+            run.update("reward", lambda n: self.loss(run, n), ends, run.settings.samples)
+        batch.trajectory = run.rewarded(batch.trajectory)
+        self.algorithm.learn(run)
+
+    def loss(self, run: Run, ends: Nodes) -> Tensor:
+        """(n,), of final states and as many data."""
+        samples = run.problem.reward(ends.x, ends.cond)
+        data = run.problem.reward(self.data(ends.ids).to(ends.x), ends.cond)
+        return samples - data + self.squares * (samples.square() + data.square())
+
+    @property
+    def keep(self) -> int:  # type: ignore[override]
+        """As the algorithm has it."""
+        return self.algorithm.keep
+
+    def kl(self, problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
+        return self.algorithm.kl(problem, trajectory, policy)
+
+    def behaviour(self, policy: Mean) -> Mean | GaussianPolicy:
+        return self.algorithm.behaviour(policy)
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        reward = problem.reward
+        if not isinstance(reward, nn.Module) or not any(p.requires_grad for p in reward.parameters()):
+            raise ValueError("problem.reward must be a torch.nn.Module with parameters: InverseRL trains it")
+        if self.algorithm.keep > 1:
+            raise ValueError(
+                f"algorithm must keep one epoch of trajectories, since older ones have another reward; it keeps "
+                f"{self.algorithm.keep}: keep=1"
+            )
+        self.algorithm.check(problem, solver, critic)
