@@ -11,6 +11,9 @@ same noise for all (`toy.scoreboard.score`), whatever grid it was trained on:
     control_error   KL(P || P*) in nats
     seconds         CPU seconds of learning; seconds_to_10pct until the regret is below 10 %
 
+The results file has these in the panel `regret`; in `curve` the regret on the way, over seeds, by 512 trajectories
+of 40 steps; and in `over steps` how far apart final regrets lie over N.
+
 Runs go in parallel, one process each, and each leaves its policy and its figures in OUT/algorithms.runs, so that an
 interrupted run goes on where it stopped. `--sweep` asks whether the default algorithm ever diverges. `--tune`
 instead searches learning rates on mixtures drawn at random, which are not in the catalogue, with the same budget for
@@ -25,7 +28,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -41,6 +44,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
+from benchmarks.colours import COLOURS
 from benchmarks.report import Options, Row, carried_out, number, table, write
 from ctrl import (
     Estimate,
@@ -285,17 +289,22 @@ def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, de
     return [json.loads(file.read_text()) for file in files.values()]
 
 
-def summarise(runs: Iterable[Row]) -> list[Row]:
-    """One row a problem, method and N."""
+def by_seed(runs: Iterable[Row]) -> dict[tuple[Any, ...], list[Row]]:
+    """The seeds of each problem, method, N and learning rate."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for r in runs:
         groups.setdefault(tuple(r[k] for k in ("problem", "method", "steps", "lr")), []).append(r)
+    return groups
+
+
+def summarise(runs: Iterable[Row]) -> list[Row]:
+    """One row a problem, method and N: the panel `regret`."""
     rows = []
-    for (problem, method, steps, lr), group in groups.items():
+    for (problem, method, steps, lr), group in by_seed(runs).items():
         done = [r for r in group if r["failed"] is None]
         regrets = [number(r, "regret") for r in done]
-        row: Row = {"problem": problem, "algorithm": method, "steps": steps, "seeds": len(group), "lr": lr,
-                    "diverged": len(group) - sum(regret < 1 for regret in regrets),
+        row: Row = {"panel": "regret", "problem": problem, "algorithm": method, "steps": steps, "seeds": len(group),
+                    "lr": lr, "diverged": len(group) - sum(regret < 1 for regret in regrets),
                     "trajectories": group[0]["trajectories"], **about(regrets)}  # fmt: skip
         for name in ("to_10pct", "to_5pct", "seconds_to_10pct"):  # a seed that never gets there counts as late
             values = [math.inf if r[name] is None else number(r, name) for r in done] or [math.inf]
@@ -305,6 +314,15 @@ def summarise(runs: Iterable[Row]) -> list[Row]:
             row[name] = mean(values) if values else None
         rows.append(row)
     return rows
+
+
+def learning_curves(runs: Iterable[Row]) -> Iterator[Row]:
+    """One row a problem, method, N and look on the way, over the seeds that have not failed: the panel `curve`."""
+    for (problem, method, steps, lr), group in by_seed(runs).items():
+        looks = [json.loads(str(r["curve"])) for r in group if r["failed"] is None]
+        for points in zip(*looks, strict=True):
+            yield {"panel": "curve", "problem": problem, "algorithm": method, "steps": steps, "seeds": len(points),
+                   "lr": lr, "trajectories": points[0][0], **about([regret for _, regret in points])}  # fmt: skip
 
 
 def about(regrets: list[float]) -> Row:
@@ -354,7 +372,7 @@ def spread(rows: list[Row]) -> list[Row]:
             optimum, solver = entry.optimal_policy, settings.solver
             biases = [float(gain(entry, optimum, solver, settings.grid(entry.problem, n)).mean) for n in steps]
             found.append(
-                {"problem": problem, "algorithm": name, "from": min(steps), "to": max(steps),
+                {"panel": "over steps", "problem": problem, "algorithm": name, "from": min(steps), "to": max(steps),
                  "regret_apart": max(regrets) - min(regrets), "objective_bias_apart": max(biases) - min(biases)}
             )  # fmt: skip
     return found
@@ -375,7 +393,7 @@ def compared(rows: list[Row]) -> list[tuple[str, int]]:
     """The problems and N with more than one method; all, if there are none."""
     methods: dict[tuple[str, int], set[Any]] = {}
     for row in rows:
-        if row.get("panel", "regret") == "regret":
+        if row["panel"] == "regret":
             methods.setdefault((str(row["problem"]), int(number(row, "steps"))), set()).add(row["algorithm"])
     return sorted(p for p, names in methods.items() if len(names) > 1) or sorted(methods)
 
@@ -385,9 +403,8 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
     panels = compared(rows)
     figure = Figure(figsize=(3.2 * min(len(panels), 4), 2.8 * -(-len(panels) // 4)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).flatten()
-    colours = dict(zip([*METHODS, "other"], PALETTE, strict=True))
     for ax, (problem, steps) in zip(axes, panels, strict=False):
-        for method in dict.fromkeys(str(r["algorithm"]) for r in rows if r.get("panel", "regret") == "regret"):
+        for method in dict.fromkeys(str(r["algorithm"]) for r in rows if r["panel"] == "regret"):
             curves = [
                 json.loads(str(r["curve"])) for r in runs
                 if (r["problem"], r["method"], r["steps"]) == (problem, method, steps) and r["failed"] is None
@@ -395,8 +412,9 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
             if curves:
                 n = [point[0] for point in curves[0]]
                 values = [[curve[i][1] for curve in curves] for i in range(len(n))]
-                colour = colours.get(method, colours["other"])
-                ax.plot(n, [median(v) for v in values], color=colour, label=method, linewidth=1.3)
+                colour = COLOURS.get(method, OTHER)
+                ax.plot(n, [median(v) for v in values], "--" if "public" in method else "-", color=colour, label=method,
+                        linewidth=1.3)  # fmt: skip
                 ax.fill_between(n, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
         ax.axhline(0.1, color="0.7", linewidth=0.8)
         ax.set(xscale="log", yscale="log", title=f"{problem}, N = {steps}", xlabel="trajectories", ylabel="regret")
@@ -406,8 +424,8 @@ def draw(rows: list[Row], runs: list[Row]) -> Figure:
     return figure
 
 
-PALETTE = ("#0072B2", "#E69F00", "#332288", "#009E73", "#CC79A7", "#56B4E9", "#F0E442", "#882255", "#D55E00", "#AA4499",
-           "#000000", "#999999")  # fmt: skip
+OTHER = "#999999"
+"""The colour of an algorithm of yours."""
 COLUMNS = ["problem", "algorithm", "steps", "seeds", "regret", "regret_se", "regret_upper", "regret_worst",
            "diverged", "to_10pct", "to_5pct",
            "seconds_to_10pct", "path_kl", "control_error", "critic_gradient_error", "seconds"]  # fmt: skip
@@ -429,8 +447,8 @@ def main(options: AlgorithmOptions) -> None:
     rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(number(r, "steps")), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
     if apart := spread(rows):
-        print(table(apart, list(apart[0])))
-        rows = [{"panel": "regret", **row} for row in rows] + [{"panel": "over steps", **row} for row in apart]
+        print(table(apart, [name for name in apart[0] if name != "panel"]))
+    rows += [*apart, *learning_curves(runs)]
     path = write(NAME, options, rows, began, part="sweep" if options.sweep else "")
     draw(rows, runs).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")

@@ -54,6 +54,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks import trained
+from benchmarks.colours import COLOURS
 from benchmarks.estimators import copies
 from benchmarks.moments import CALLS, ESTIMATORS, Case, integrated, trajectory
 from benchmarks.report import Options, Row, number, table, write
@@ -375,10 +376,6 @@ def wide(rows: Sequence[Row], panel: str, across: str, value: str, keys: Sequenc
     return [{name: line.get(name) for name in columns} for line in lines.values()]
 
 
-COLOURS = dict(zip(ESTIMATORS, [
-    "#D55E00", "#882255", "#F0A000", "#D55E00", "#882255", "#CC79A7", "#999999", "#E69F00", "#0072B2", "#009E73",
-    "#000000", "#56B4E9",
-], strict=True))  # fmt: skip
 SHOWN = [name for name in ESTIMATORS if name not in ("Euler, left", "exact transitions", "ddpo-maruyama")]
 
 

@@ -52,6 +52,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
+from benchmarks.colours import COLOURS
 from benchmarks.report import Options, Row, number, table, write
 from ctrl import (
     DDIM,
@@ -458,13 +459,12 @@ def _draw_column(ax: Any, rows: list[Row], column: str) -> None:
 
 
 def _draw_dimension(ax: Any, rows: list[Row]) -> None:
-    for line, colour in zip(
-        BY_DIMENSION, ("#0072B2", "#56B4E9", "#CC79A7", "#009E73", "#E69F00", "#D55E00"), strict=True
-    ):
+    for line in BY_DIMENSION:
         chosen = [row for row in rows if row["estimator"] == line.estimator]
         d, sd = [number(r, "dimension") for r in chosen], [number(r, "sd") for r in chosen]
         error = [number(r, "sd_se") for r in chosen]
-        ax.errorbar(d, sd, yerr=error, fmt="o-", color=colour, markersize=4, linewidth=1.3, label=line.estimator)
+        ax.errorbar(d, sd, yerr=error, fmt="o-", color=COLOURS[line.estimator], markersize=4, linewidth=1.3,
+                    label=line.estimator)  # fmt: skip
     dimensions = sorted({int(number(row, "dimension")) for row in rows})
     ax.set(xscale="log", yscale="log", xlabel="dimension d (copies of gaussian-1d, exact V, N = 20)",
            ylabel="sd / |∇J|")  # fmt: skip

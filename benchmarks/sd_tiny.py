@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
+from benchmarks.colours import COLOURS
 from benchmarks.report import Options, Row, carried_out, number, table, write
 from scale import sd15
 from scale.settings import EMBEDDED, Settings
@@ -67,7 +68,6 @@ RATE = {
     ("jpeg-compressibility", "actor-critic"): 6e-5, ("jpeg-compressibility", "ddpo"): 6e-5,
 }  # fmt: skip
 """What the search found: the largest gain on the prompts of training (results/sd_tiny_tuning.json)."""
-COLOURS = {"actor-critic": "#0072B2", "adjoint-matching": "#009E73", "ddpo": "#D55E00"}
 
 
 @dataclass(frozen=True)
@@ -189,6 +189,14 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         }  # fmt: skip
 
 
+def curves(runs: dict[Job, Any]) -> Iterator[Row]:
+    """The panel `curve`: what training had come to after so many pictures."""
+    for job, r in runs.items():
+        for (images, value), (_, _, kl) in zip(smoothed(r["curve"]), r["curve"], strict=True):
+            yield {"panel": "curve", "reward": job.reward, "algorithm": job.method, "seed": job.seed, "images": images,
+                   "value": value, "kl": kl}  # fmt: skip
+
+
 def by_sampler(runs: dict[Job, Any]) -> Iterator[Row]:
     """One row a reward, method, sampler and number of steps, the mean over seeds."""
     cells: dict[tuple[Any, ...], list[float]] = {}
@@ -241,7 +249,7 @@ def main(o: SDTinyOptions) -> None:
     learning, samplers = list(summarise(runs)), list(by_sampler(runs))
     print(table(learning, [name for name in learning[0] if name != "panel"]))
     print(table(samplers, [name for name in samplers[0] if name != "panel"]))
-    path = write(NAME, o, [*learning, *samplers], began)
+    path = write(NAME, o, [*learning, *samplers, *curves(runs)], began)
     draw(runs, [*learning, *samplers]).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 

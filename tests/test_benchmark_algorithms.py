@@ -19,6 +19,7 @@ from benchmarks.algorithms import (
     first_below,
     gain,
     jobs_of,
+    learning_curves,
     run,
     spread,
     summarise,
@@ -92,6 +93,18 @@ def test_what_was_done_is_not_repeated(tmp_path):
     assert summary["to_10pct"] is None, "one of two seeds never gets there: the median is infinite"
     assert summary["critic_gradient_error"] is None and summary["diverged"] == 0
     assert len(draw([summary], rows).axes) == 1
+
+
+def test_learning_curves_are_means_over_the_seeds_that_have_not_failed():
+    runs = [
+        {**vars(short(seed=seed)), "failed": None, "curve": f"[[64, {first}], [128, 0.1]]"}
+        for seed, first in enumerate((0.2, 0.4))
+    ]
+    first, second = learning_curves([*runs, {**vars(short(seed=2)), "failed": "not finite"}])
+    assert (first["trajectories"], first["seeds"], second["trajectories"]) == (64, 2, 128)
+    assert first["regret"] == pytest.approx(0.3)
+    assert first["regret_se"] == pytest.approx(0.1)  # sd .2/sqrt 2 over sqrt 2
+    assert second["regret"] == pytest.approx(0.1) and second["regret_se"] == pytest.approx(0.0)
 
 
 def test_a_run_that_leaves_the_numbers_has_failed_and_one_that_cannot_begin_is_an_error():
