@@ -174,6 +174,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         group = [r for j, r in runs.items() if (j.reward, j.method) == (reward, method)]
         found = [r["evaluation"] for r in group]
         to = [next((n for n, v in smoothed(r["curve"]) if level and v >= mean(level)), None) for r in group]
+        diverse = [f["diversity_after"] for f in found if f["diversity_after"] is not None]
         gains, n = [f["gain"] for f in found], len(found)
         spread = stdev(gains) / n**0.5 if n > 1 else found[0]["gain_se"]
         yield {
@@ -183,7 +184,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
             "path_kl": mean(f["path_kl"] for f in found), "other_before": found[0]["other_before"],
             "other_after": mean(f["other_after"] for f in found),
             "diversity_before": found[0]["diversity_before"],
-            "diversity_after": mean(f["diversity_after"] for f in found),
+            "diversity_after": mean(diverse) if diverse else None,
             "kept": mean(mean(row["reward_gain"] for row in f["grid"]) / f["gain"] for f in found),
             "seconds": mean(r["seconds"] for r in group),
         }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Stable Diffusion for `ctrl`: the one place where diffusers' classes are turned into what the core asks for.
+"""Diffusers' models for `ctrl`: the one place where its classes are turned into what the core asks for.
 
     pipeline = scale.models.load("folder or name")
     policy = Score.of(pipeline, guidance=7.0)           # trained in place: it holds the pipeline's own UNet
@@ -8,30 +8,36 @@
     fit(task, policy, ActorCritic(), critic=StructuredCritic(task, Value(4, prompts.width)), conditions=prompts)
     pipeline.save_pretrained("tuned")
 
-States are latents, D = (C, H, W). The scheduler's table of K betas is the noising, made continuous: its timestep
-k = 0 ... K-1 sits at the forward time s = (k+1)/K, and a UNet is asked at the fractional timestep K s - 1. The problem
-is cut at s_min = 1/K, timestep 0: the least noise the UNet was trained on, where log-SNR and g² are finite, and where
-the pipeline itself stops (`set_alpha_to_one=False`), so its images are rewarded as it would make them.
+States are latents, D = (C, H, W); of a `DDPMPipeline`, which has no VAE and no prompts, they are pictures in [-1, 1],
+with `Decoded(None, reward)` and no conditions. The scheduler's table of K betas is the noising, made continuous: its
+timestep k = 0 ... K-1 sits at the forward time s = (k+1)/K, and a UNet is asked at the fractional timestep K s - 1. The
+problem is cut at s_min = 1/K, timestep 0: the least noise the UNet was trained on, where log-SNR and g² are finite, and
+where Stable Diffusion itself stops (`set_alpha_to_one=False`), so its images are rewarded as it would make them. (DDPM
+makes one more call there, and shows x0hat: sigma = .01 moves a pixel by about one of 256 levels.)
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from ctrl.linop import broadcast
 from ctrl.noising import VPTable
-from ctrl.problem import IsotropicNormal, ProbabilityFlow, ScoreAsAction
+from ctrl.problem import IsotropicNormal, ProbabilityFlow, Reward, ScoreAsAction
 from scale.prompts import Prompt
-from scale.rewards import Reward, ask
+from scale.rewards import Reward as PictureReward
+from scale.rewards import ask
+
+NO_PROMPT = Prompt("")
 
 
 @dataclass(frozen=True)
@@ -124,34 +130,37 @@ class Cond:
 
 
 class Score(nn.Module):
-    """mean(t, x, cond) -> score, (B, C, H, W): a UNet and classifier-free guidance.
+    """mean(t, x, cond) -> score, (B, C, H, W): a UNet, with classifier-free guidance where there are prompts.
 
     Args:
         unet: predicts eps or v; it computes in its own precision, the score comes out in that of x.
         noising: the scheduler's.
         prediction: "epsilon" or "v_prediction", as in the scheduler's config.
         guidance: w in out = out(empty) + w (out(prompt) - out(empty)); at 1 the empty prompt is not evaluated.
+        clip: x0hat is kept in [-clip, clip], as `clip_sample` has it; infinite for latents.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel, noising: VPTable, prediction: str = "epsilon", guidance: float = 1.0
-    ) -> None:
+        self, unet: UNet2DConditionModel | UNet2DModel, noising: VPTable, prediction: str = "epsilon",
+        guidance: float = 1.0, clip: float = math.inf,
+    ) -> None:  # fmt: skip
         super().__init__()
         if prediction not in ("epsilon", "v_prediction"):
             raise ValueError(f"prediction must be 'epsilon' or 'v_prediction', got {prediction!r}")
-        self.unet, self.noising, self.prediction, self.guidance = unet, noising, prediction, guidance
+        self.unet, self.noising, self.prediction, self.guidance, self.clip = unet, noising, prediction, guidance, clip
 
     @staticmethod
-    def of(pipeline: StableDiffusionPipeline, guidance: float = 1.0) -> Score:
+    def of(pipeline: StableDiffusionPipeline | DDPMPipeline, guidance: float = 1.0) -> Score:
         """The pipeline's own UNet, not a copy, under the pipeline's schedule."""
-        scheduler = pipeline.scheduler
+        scheduler, config = pipeline.scheduler, pipeline.scheduler.config
         noising = VPTable(scheduler.betas.double().tolist())
-        return Score(pipeline.unet, noising, scheduler.config.prediction_type, guidance)
+        clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else math.inf
+        return Score(pipeline.unet, noising, config.prediction_type, guidance, clip)
 
     def frozen(self) -> Score:
         """The reference, which is not trained: a copy, or of a UNet with adapters the same one without them."""
         if getattr(self.unet, "peft_config", None):
-            return Score(WithoutAdapters(self.unet), self.noising, self.prediction, self.guidance)
+            return Score(WithoutAdapters(self.unet), self.noising, self.prediction, self.guidance, self.clip)
         return copy.deepcopy(self).requires_grad_(False)
 
     @property
@@ -159,26 +168,33 @@ class Score(nn.Module):
         """1/K."""
         return 1 / len(self.noising.betas)
 
-    def forward(self, t: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    def forward(self, t: Tensor, x: Tensor, cond: Cond | None = None) -> Tensor:
         """t: (B,) on the reverse clock; x: (B, C, H, W)."""
         s = (self.noising.s_max - t).clamp(self.s_min, self.noising.s_max)
         out = self.predict(s, x, cond)
-        sigma = broadcast(self.noising.sigma(s), x)
-        eps = out if self.prediction == "epsilon" else broadcast(self.noising.alpha(s), x) * out + sigma * x
+        alpha, sigma = (broadcast(c(s).to(x.dtype), x) for c in (self.noising.alpha, self.noising.sigma))
+        eps = out if self.prediction == "epsilon" else alpha * out + sigma * x
+        if self.clip < math.inf:
+            x0hat = ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)
+            eps = (x - alpha * x0hat) / sigma
         return -eps / sigma
 
-    def predict(self, s: Tensor, x: Tensor, cond: Cond) -> Tensor:
+    def predict(self, s: Tensor, x: Tensor, cond: Cond | None) -> Tensor:
         """What the UNet predicts at forward times s, (B,), guided."""
-        k, text = s * len(self.noising.betas) - 1, cond.embeds
+        k = s * len(self.noising.betas) - 1
+        if cond is None:
+            return self._unet(k, x)
+        text = cond.embeds
         if self.guidance == 1:
             return self._unet(k, x, text)
         out = self._unet(torch.cat([k, k]), torch.cat([x, x]), torch.cat([cond.empty, text]))
         empty, prompted = out.chunk(2)
         return empty + self.guidance * (prompted - empty)
 
-    def _unet(self, k: Tensor, x: Tensor, text: Tensor) -> Tensor:
+    def _unet(self, k: Tensor, x: Tensor, text: Tensor | None = None) -> Tensor:
         dtype = self.unet.dtype
-        return self.unet(x.to(dtype), k, encoder_hidden_states=text.to(dtype), return_dict=False)[0].to(x.dtype)
+        given = {} if text is None else {"encoder_hidden_states": text.to(dtype)}
+        return self.unet(x.to(dtype), k, return_dict=False, **given)[0].to(x.dtype)
 
 
 class WithoutAdapters(nn.Module):
@@ -201,7 +217,7 @@ class WithoutAdapters(nn.Module):
             self.unet.enable_adapters()
 
 
-def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0, gamma: float = 0.0) -> ScoreAsAction:
+def problem(reference: Score, reward: Reward, *, beta: float, eta: float = 1.0, gamma: float = 0.0) -> ScoreAsAction:
     """Sampling from the reference as a control problem, from pure noise to timestep 0; at eta = 0, the probability
     flow."""
     size = reference.unet.config.sample_size
@@ -213,73 +229,93 @@ def problem(reference: Score, reward: Decoded, *, beta: float, eta: float = 1.0,
     )  # fmt: skip
 
 
+def timesteps(task: ScoreAsAction, steps: int) -> Tensor:
+    """The grid of whole timesteps at which diffusers' samplers ask (`trailing`), and the end, (N+1,)."""
+    K = round(1 / task.s_min)
+    s = (K - torch.arange(steps, dtype=torch.float64) * K / steps).round() / K
+    return torch.cat([task.s_max - s, torch.tensor([task.horizon], dtype=torch.float64)])
+
+
 class Decoded:
     """r(latents, cond): a reward of images becomes one of latents. No module, so that a critic built around the reward
     does not take the VAE for its own.
 
     Args:
-        vae: the pipeline's; its weights are set not to be trained.
+        vae: the pipeline's; its weights are set not to be trained. None where states are pictures.
         reward: of images, prompts and their metadata: see `scale.rewards`.
         differentiable: whether the reward's gradient is to reach the latents, through the VAE.
         chunk: images decoded at a time.
     """
 
-    def __init__(self, vae: AutoencoderKL, reward: Reward, *, differentiable: bool = False, chunk: int = 8) -> None:
-        self.vae, self.reward = vae.requires_grad_(False), reward
+    def __init__(
+        self, vae: AutoencoderKL | None, reward: PictureReward, *, differentiable: bool = False, chunk: int = 8
+    ) -> None:
+        self.vae, self.reward = None if vae is None else vae.requires_grad_(False), reward
         self.differentiable, self.chunk = differentiable, chunk
 
-    def __call__(self, x: Tensor, cond: Cond) -> Tensor:
+    def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         """(B, C, H, W) -> (B,)."""
+        prompts = [NO_PROMPT] * len(x) if cond is None else cond.prompts
         with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
             pieces = [slice(i, i + self.chunk) for i in range(0, len(x), self.chunk)]
-            return torch.cat([ask(self.reward, self.images(x[p]), cond[p].prompts).to(x) for p in pieces])
+            return torch.cat([ask(self.reward, self.images(x[p]), prompts[p]).to(x) for p in pieces])
 
     def images(self, x: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, 3, H', W') in [0, 1]."""
         return pictures_of(self.vae, x)
 
 
-def pictures_of(vae: AutoencoderKL, x: Tensor) -> Tensor:
-    """(n, C, H, W) latents -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""
+def pictures_of(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
+    """(n, C, H, W) latents, or pictures in [-1, 1] -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""
+    if vae is None:
+        return (x / 2 + 0.5).clamp(0, 1)
     latents = (x / vae.config.scaling_factor).to(vae.dtype)
     return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
 
 class Tower(nn.Module):
-    """Convolutions from latents (B, C, H, W) and features (B, E) to numbers (B,). The last layer starts at zero."""
+    """Convolutions from latents (B, C, H, W) and features (B, E), if there are any, to numbers (B,). The last layer
+    starts at zero."""
 
     def __init__(self, channels: int, features: int, width: int = 64, halvings: int = 3) -> None:
         super().__init__()
-        self.first, self.shift = nn.Conv2d(channels, width, 3, padding=1), nn.Linear(features, width)
+        self.first = nn.Conv2d(channels, width, 3, padding=1)
+        self.shift = nn.Linear(features, width) if features else None
         halve = [(nn.SiLU(), nn.Conv2d(width, width, 3, stride=2, padding=1)) for _ in range(halvings)]
         self.down = nn.Sequential(*(layer for pair in halve for layer in pair), nn.SiLU())
         self.last = nn.Linear(width, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, x: Tensor, features: Tensor) -> Tensor:
-        h = self.down(self.first(x) + self.shift(features)[..., None, None])
-        return self.last(h.mean((2, 3)))[:, 0]
+    def forward(self, x: Tensor, features: Tensor | None = None) -> Tensor:
+        h = self.first(x)
+        h = h if self.shift is None else h + self.shift(features)[..., None, None]
+        return self.last(self.down(h).mean((2, 3)))[:, 0]
 
 
 class Value(nn.Module):
-    """F(t, x, x0hat, cond), (B,), for a critic: sees both latents, the time and the pooled prompt."""
+    """F(t, x, x0hat, cond), (B,), for a critic: sees both latents, the time and, where there is one, the pooled
+    prompt."""
 
-    def __init__(self, channels: int, pooled: int, width: int = 64) -> None:
+    def __init__(self, channels: int, pooled: int = 0, width: int = 64) -> None:
         super().__init__()
         self.time = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
         self.tower = Tower(2 * channels, width + pooled, width)
 
-    def forward(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Cond) -> Tensor:
-        return self.tower(torch.cat([x, x0hat], 1), torch.cat([self.time(t).to(x), cond.pooled.to(x)], 1))
+    def forward(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Cond | None = None) -> Tensor:
+        features = [self.time(t).to(x)] if cond is None else [self.time(t).to(x), cond.pooled.to(x)]
+        return self.tower(torch.cat([x, x0hat], 1), torch.cat(features, 1))
 
 
 class StandIn(nn.Module):
-    """(x, cond) -> (B,): a learned stand-in for a reward without gradient, for `ctrl.StructuredCritic`."""
+    """(x, cond) -> (B,): a learned stand-in for a reward without gradient, for `ctrl.StructuredCritic`; or a reward
+    that is learned itself, for `ctrl.algorithms.InverseRL`."""
 
-    def __init__(self, channels: int, pooled: int, width: int = 64) -> None:
+    differentiable = True
+
+    def __init__(self, channels: int, pooled: int = 0, width: int = 64) -> None:
         super().__init__()
         self.tower = Tower(channels, pooled, width)
 
-    def forward(self, x: Tensor, cond: Cond) -> Tensor:
-        return self.tower(x, cond.pooled.to(x))
+    def forward(self, x: Tensor, cond: Cond | None = None) -> Tensor:
+        return self.tower(x, None if cond is None else cond.pooled.to(x))

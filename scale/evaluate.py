@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ctrl import Estimate, Heun, Noise, grids, path_kl, rollout
+from ctrl.fit import Conditions
 from ctrl.noise import INITIAL
 from ctrl.problem import ScoreAsAction
 from scale.diffusion import Decoded, Prompts, Score, pictures_of, problem
@@ -106,19 +107,30 @@ def draw(
 
 @torch.no_grad()
 def nats(
-    task: ScoreAsAction, policy: Score, prompts: Prompts, samples: int, steps: int = 50, batch: int = 16
+    task: ScoreAsAction, policy: Score, conditions: Conditions, samples: int, steps: int = 50, batch: int = 16
 ) -> Estimate:
     """Path KL between the guided processes, of pictures drawn at eta = 1 by Heun, evenly in log-SNR."""
     times, device = grids.log_snr(task, steps), next(policy.parameters()).device
     paths = [
-        path_kl(task, rollout(task, policy, times, Noise(SEED), ids, solver=Heun(), cond=prompts(ids)), policy)
+        path_kl(task, rollout(task, policy, times, Noise(SEED), ids, solver=Heun(), cond=conditions(ids)), policy)
         for ids in torch.arange(samples, device=device).split(batch)
     ]
     return Estimate.of(torch.cat(paths).double().cpu())
 
 
+class Written:
+    """A dataclass that can be kept as JSON."""
+
+    def write(self, file: Path) -> None:
+        """In one move."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
+        os.replace(part, file)
+
+
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Written):
     """What `evaluation.json` holds; `grid` has a row for each sampler and number of steps, of grid_samples pictures."""
 
     reward_before: float
@@ -136,13 +148,6 @@ class Evaluation:
     grid_samples: int
     prompt: str
     grid: list[dict[str, Any]]
-
-    def write(self, file: Path) -> None:
-        """In one move."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self), indent=2, allow_nan=False) + "\n")
-        os.replace(part, file)
 
     def summary(self) -> str:
         """For people."""

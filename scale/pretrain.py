@@ -82,9 +82,10 @@ def unet_of(s: Pretrain, side: int) -> UNet2DModel:
     if side % 2 ** (len(s.channels) - 1):
         raise ValueError(f"channels: pictures of {side} x {side} cannot be halved {len(s.channels) - 1} times")
     attend = [side // 2**i == s.attention_at for i in range(len(s.channels))]
+    attending = [c for c, a in zip(s.channels, attend, strict=True) if a] + [s.channels[-1]]
     return UNet2DModel(
         sample_size=side, in_channels=3, out_channels=3, layers_per_block=s.layers, block_out_channels=s.channels,
-        norm_num_groups=8, attention_head_dim=32,
+        norm_num_groups=8, attention_head_dim=min(32, *attending),
         down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attend),
         up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attend)),
     )  # fmt: skip
@@ -125,7 +126,7 @@ def loss_of(unet: nn.Module, kept: Tensor, x0: Tensor, shift: Tensor, noise: Ten
 
 def batch_of(pictures: data.Pictures, s: Pretrain, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures, the shift of times and the noise of a step: the same whatever was drawn before."""
-    rng = torch.Generator().manual_seed((s.seed << 32) + step)
+    rng = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
     index = torch.randint(len(pictures), (s.batch,), generator=rng)
     x0 = pictures.batch(index, torch.rand(s.batch, generator=rng) < 0.5)
     return x0, torch.rand((), generator=rng), torch.randn(x0.shape, generator=rng)

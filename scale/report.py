@@ -1,4 +1,4 @@
-"""What a run leaves for people to look at: grids of pictures, a report in one HTML file, a pipeline with its card."""
+"""What a run leaves for people to look at: grids of pictures, a report in one HTML file."""
 
 from __future__ import annotations
 
@@ -6,20 +6,15 @@ import base64
 import html as escape
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
-
-from scale.evaluate import Evaluation, Pictures
-from scale.settings import Settings
 
 LARGE = 96  # pixels; smaller pictures are shown enlarged, each of their pixels a square
 
@@ -58,6 +53,14 @@ def keep(image: Image.Image, file: Path) -> None:
     os.replace(part, file)
 
 
+def keep_all(images: Tensor, out: Path) -> None:
+    """OUT/0000.png ... of (n, 3, H, W), and OUT/grid.png."""
+    for i, image in enumerate(images):
+        keep(picture(image), out / f"{i:04d}.png")
+    keep(grid(images), out / "grid.png")
+    print(f"{len(images)} pictures in {out}")
+
+
 # ------------------------------------------------------------------------------------------ the report
 
 
@@ -73,25 +76,31 @@ img { max-width: 100% } figure { margin: 0 0 1rem } pre { background: #f4f4f4; p
 """
 
 
-def html(
-    file: Path, settings: dict[str, Any], history: Sequence[dict[str, Any]], found: Evaluation,
-    sides: Sequence[Pictures],
-) -> None:  # fmt: skip
-    """One file that needs no other: what was gained, pictures before and after, curves, samplers, settings."""
-    prompts = list(dict.fromkeys(p.text for p in sides[0].prompts))
+def html(file: Path, title: str, summary: str, sections: Mapping[str, str]) -> None:
+    """One file that needs no other. sections: what follows a heading, made by the functions below; an empty one is
+    left out."""
     body = [
-        f"<h1>{_text(settings['model'])}, tuned on {_text(settings['reward'])}</h1>",
-        f'<p class="big">{"<br>".join(_text(line) for line in found.summary().splitlines())}</p>',
-        "<h2>The same noise, before and after</h2>",
-        *(f"<figure>{name}<br>{_image(_png(grid(side.images)))}</figure>"
-          for name, side in zip(("before", "after"), sides, strict=True)),
-        f"<p>Row by row: {_text('; '.join(prompts))}.</p>",
-        f"<h2>Training</h2>{_image(_curves(history))}" if history else "",
-        f"<h2>By sampler and number of steps</h2>{_image(_samplers(found))}{_rows(found.grid)}" if found.grid else "",
-        "<h2>Settings</h2><pre>" + _text("\n".join(f"{k}: {v}" for k, v in settings.items())) + "</pre>",
-    ]  # fmt: skip
-    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(settings["reward"])}</title>'
+        f"<h1>{_text(title)}</h1>",
+        f'<p class="big">{"<br>".join(_text(line) for line in summary.splitlines())}</p>',
+        *(f"<h2>{_text(heading)}</h2>{content}" for heading, content in sections.items() if content),
+    ]
+    page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{_text(title)}</title>'
     file.write_text(f"{page}<style>{STYLE}</style>{''.join(body)}</html>\n", encoding="utf-8")
+
+
+def paragraph(text: str) -> str:
+    """As it is."""
+    return f"<p>{_text(text)}</p>"
+
+
+def listed(settings: Mapping[str, Any]) -> str:
+    """A line each."""
+    return "<pre>" + _text("\n".join(f"{k}: {v}" for k, v in settings.items())) + "</pre>"
+
+
+def pictures(rows: Mapping[str, Tensor]) -> str:
+    """A grid of each, (n, 3, H, W), under its name."""
+    return "".join(f"<figure>{_text(name)}<br>{_image(_png(grid(images)))}</figure>" for name, images in rows.items())
 
 
 def _text(value: Any) -> str:
@@ -114,9 +123,11 @@ def _drawn(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _curves(history: Sequence[dict[str, Any]]) -> bytes:
+def curves(history: Sequence[dict[str, Any]]) -> str:
     """Each metric against pictures drawn."""
     shown = [name for name in CURVES if any(name in epoch for epoch in history)]
+    if not shown:
+        return ""
     figure = Figure(figsize=(9, 2.4 * -(-len(shown) // 3)), layout="constrained")
     axes = figure.subplots(-(-len(shown) // 3), 3, squeeze=False).flatten()
     for ax, name in zip(axes, shown, strict=False):
@@ -127,83 +138,36 @@ def _curves(history: Sequence[dict[str, Any]]) -> bytes:
         ax.grid(alpha=0.3)
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    return _drawn(figure)
+    return _image(_drawn(figure))
 
 
-def _samplers(found: Evaluation) -> bytes:
-    """Reward against steps, a line a sampler, one standard error; grey is before."""
+def samplers(rows: Sequence[dict[str, Any]]) -> str:
+    """An evaluation's grid: reward against steps, a line a sampler, one standard error, dotted before; and a table."""
+    if not rows:
+        return ""
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     ax = figure.subplots()
     colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#882255", "#000000")
-    for name, colour in zip(dict.fromkeys(row["sampler"] for row in found.grid), colours, strict=False):
-        rows = [row for row in found.grid if row["sampler"] == name]
-        steps = [row["steps"] for row in rows]
-        ax.errorbar(steps, [row["reward_after"] for row in rows], [row["reward_gain_se"] for row in rows],
+    for name, colour in zip(dict.fromkeys(row["sampler"] for row in rows), colours, strict=False):
+        line = [row for row in rows if row["sampler"] == name]
+        steps = [row["steps"] for row in line]
+        ax.errorbar(steps, [row["reward_after"] for row in line], [row["reward_gain_se"] for row in line],
                     color=colour, marker="o", markersize=3.5, capsize=2, label=name)  # fmt: skip
-        ax.plot(steps, [row["reward_before"] for row in rows], color=colour, linestyle=":", linewidth=1)
+        ax.plot(steps, [row["reward_before"] for row in line], color=colour, linestyle=":", linewidth=1)
     ax.set(xscale="log", xlabel="steps", ylabel="reward (dotted: before)")
-    ticks = sorted({row["steps"] for row in found.grid})
+    ticks = sorted({row["steps"] for row in rows})
     ax.set_xticks(ticks, labels=[str(n) for n in ticks])
     ax.minorticks_off()
     ax.grid(alpha=0.3)
     figure.legend(loc="outside right center", frameon=False, fontsize="small")
-    return _drawn(figure)
+    return _image(_drawn(figure)) + table(rows)
 
 
-def _rows(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """A line a row, under the names of the first."""
     head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in rows[0])
     lines = "".join(
         "<tr>" + "".join(f"<td>{f'{v:.4g}' if isinstance(v, float) else _text(v)}</td>" for v in row.values()) + "</tr>"
         for row in rows
     )
     return f"<table><tr>{head}</tr>{lines}</table>"
-
-
-# ------------------------------------------------------------------------------------------ the pipeline
-
-
-def save(s: Settings, pipeline: StableDiffusionPipeline) -> None:
-    """OUT/pipeline, with whatever the model had beside what was trained, its safety checker too; or OUT/lora."""
-    if s.lora:
-        from peft import get_peft_model_state_dict
-
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
-        StableDiffusionPipeline.save_lora_weights(s.out / "lora", unet_lora_layers=layers)
-        return
-    parts = {k: v for k, v in pipeline.components.items() if k not in ("safety_checker", "feature_extractor")}
-    whole = StableDiffusionPipeline.from_pretrained(s.model, revision=s.revision, use_safetensors=True, **parts)
-    whole.save_pretrained(s.out / "pipeline")
-    for file in (s.out / "pipeline").rglob("*.safetensors"):
-        file.chmod(0o644)  # they come as the writer's alone
-
-
-def card(s: Settings, found: Evaluation) -> None:
-    """Beside the weights, a model card as the hub reads it."""
-    loading = (
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{s.model}")\npipeline.load_lora_weights("lora")'
-        if s.lora else 'pipeline = StableDiffusionPipeline.from_pretrained("pipeline")'
-    )  # fmt: skip
-    adapter = "base_model_relation: adapter" if s.lora else "base_model_relation: finetune"
-    text = f"""---
-library_name: diffusers
-pipeline_tag: text-to-image
-base_model: {s.model}
-{adapter}
-tags: [stable-diffusion, text-to-image, reinforcement-learning, score-as-action]
----
-
-# Tuned on {s.reward}
-
-{s.model}, fine-tuned by {s.algorithm} in continuous time (arXiv 2502.01819) on the reward `{s.reward}`, guidance
-{s.guidance:g}. The license is the base model's.
-
-```python
-from diffusers import StableDiffusionPipeline
-
-{loading}
-image = pipeline("{found.prompt}", guidance_scale={s.guidance:g}).images[0]
-```
-
-{found.summary()}
-"""
-    (s.out / ("lora" if s.lora else "pipeline") / "README.md").write_text(text)

@@ -31,6 +31,7 @@ from ctrl import NotFinite
 from ctrl.fields import one_of
 from ctrl.stops import RunFailed
 from scale import reward_worker, shapes
+from scale.classifiers import LogProbability
 from scale.prompts import Prompt
 
 Metadata = Sequence[dict[str, Any]]
@@ -236,6 +237,7 @@ NAMES: dict[str, Callable[[str | None], Reward]] = {
     "imagereward": image_reward,
     "following": _fixed(shapes.following),
     "following-soft": _fixed(shapes.following_soft),
+    "cifar10-class": LogProbability,
 }
 
 

@@ -1,4 +1,7 @@
-"""What a fine-tuning is made with: `Settings`, read by the command line, from a file, or made in Python."""
+"""What a fine-tuning is made with, read by the command line, from a file, or made in Python.
+
+`Tuning` is what every command here has; `Settings` is Stable Diffusion's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import yaml
 
@@ -19,13 +22,16 @@ from ctrl.algorithms import (
     ActorCritic,
     AdjointMatching,
     Algorithm,
+    NextValue,
     PathConsistency,
     PolicyIteration,
     PPOClip,
     PPOPenalty,
     QLearning,
+    TDForm,
 )
 from ctrl.fields import check_fields, one_of
+from scale.diffusion import timesteps
 from scale.samplers import known
 
 ASSETS = Path(__file__).with_name("assets")
@@ -34,70 +40,72 @@ EMBEDDED = ASSETS / "tiny-sd.yaml"
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "actor-critic": ActorCritic, "ddpo": DDPO, "ppo": PPOPenalty, "ppo-clip": PPOClip,
     "path-consistency": PathConsistency, "policy-iteration": PolicyIteration, "q-learning": QLearning,
-    "adjoint-matching": AdjointMatching,
+    "adjoint-matching": AdjointMatching, "td-form": TDForm, "next-value": NextValue,
 }  # fmt: skip
-LEARN_VALUES = ("actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning")
+LEARN_VALUES = (
+    "actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning", "td-form", "next-value",
+)  # fmt: skip
 """Those with a critic."""
+DENSE = ("ddpo", "next-value")
+"""Those that need the density of a step, which only some solvers have."""
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
-GRIDS = {"log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform}
+GRIDS = {
+    "log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform, "timesteps": timesteps,
+}  # fmt: skip
 LIMITS = {
     **dict.fromkeys(
-        ("critic_width", "epochs", "samples", "in_a_row", "batch", "micro_batch", "checkpoint_every",
-         "keep_checkpoints", "eval_headline", "patience"), ">= 1",
+        ("critic_width", "epochs", "samples", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
+         "patience"), ">= 1",
     ),
-    **dict.fromkeys(("pretrain", "lora", "pictures_every", "reward_retries", "seed"), ">= 0"),
-    **dict.fromkeys(("eta", "gamma", "lr", "critic_lr"), ">= 0"),
+    **dict.fromkeys(("pretrain", "pictures_every", "reward_retries", "seed"), ">= 0"),
+    **dict.fromkeys(("eta", "gamma", "lr", "critic_lr", "reward_lr"), ">= 0"),
     **dict.fromkeys(("beta", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
-    **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "guidance": ">= 1",
-    "mismatch": "in [0, inf]", "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
+    **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "mismatch": "in [0, inf]",
+    "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
 }  # fmt: skip
 
-FREE = {
+FREE = frozenset((
     "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
     "stop_on_collapse", "patience", "mismatch", "reward_retries", "reward_timeout", "reward_python", "pictures_every",
-    "log_with", "other_reward", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
-}  # fmt: skip
+    "log_with", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
+))  # fmt: skip
 """What may change when a run is gone on with."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What is trained, on what, and how. The defaults are for Stable Diffusion v1.5 on one GPU."""
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What is trained, on what, and how, whatever the model. A subclass adds what its models have besides, says where
+    its small model is, and may extend `limits`, `free` and `conflicts`."""
 
-    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x or 2.x; or embedded, the small one."""
-    revision: str | None = None
-    """Branch, tag or commit on the hub."""
-    variant: str | None = None
-    """Which weight files, such as fp16; they are trained in float32 all the same."""
+    limits: ClassVar[dict[str, str]] = LIMITS
+    """By field, as `ctrl.fields.check_fields` has them."""
+    free: ClassVar[frozenset[str]] = FREE
+    """Fields that may change when a run is gone on with; so may those that begin with eval_."""
+    embedded: ClassVar[Path]
+    """Settings for the embedded model, which is a folder of the same name beside them."""
 
-    reward: str = "pickscore"
-    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following or
-    following-soft (of the embedded model's pictures; the soft one has a gradient), NAME=MODEL for another model,
-    module:function of yours, or "A + 0.1 * B"."""
-    other_reward: str | None = "clip-score"
-    """A second one, looked at in the evaluation and not trained on: it shows what the first one cost."""
+    model: str
+    """Hub name, or folder in diffusers' format; or embedded, the small one."""
+
+    reward: str
+    """What is to grow."""
     reward_python: str | None = None
     """Another environment's interpreter, for a reward whose packages do not get along with these."""
     reward_retries: int = 0
     """How often a reward that fails is asked again before the run ends (what was learned is kept)."""
     reward_timeout: float | None = None
     """Seconds that a reward may take for a batch."""
-    prompts: str = "animals"
-    """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), one prompt, or a file: .txt with a
-    prompt a line, .csv or .jsonl with a column `prompt`, the others being the reward's metadata."""
-    eval_prompts: str | None = None
-    """Evaluated on; by default those trained on."""
 
     algorithm: str = "actor-critic"
-    """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, adjoint-matching (differentiable
-    rewards), or the discrete-time ddpo."""
+    """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form, next-value,
+    adjoint-matching (differentiable rewards), or the discrete-time ddpo."""
     options: tuple[str, ...] = ()
-    """The algorithm's own, by the names in ctrl/algorithms, such as `--options nodes=64 keep=4`."""
+    """The algorithm's own, by the names in ctrl/algorithms, such as `--options nodes=64 keep=4`; those of a part, such
+    as `evaluation.critic_updates=8` of td-form."""
     critic: Literal["structured", "network"] = "network"
-    """network: of latents, time and prompt; structured: r(x0hat) plus that. A reward with a gradient is then asked, and
-    differentiated through the VAE and the UNet, at every node, which costs accordingly; for a black box a network
+    """network: of state, time and prompt; structured: r(x0hat) plus that. A reward with a gradient is then asked, and
+    differentiated through the UNet (and a VAE), at every node, which costs accordingly; for a black box a network
     stands in for it."""
     critic_width: int = 64
     """Channels of the critic's networks."""
@@ -115,13 +123,11 @@ class Settings:
     diffusers' own (ddim, dpmsolver++, sde-dpmsolver++, unipc, euler, heun), a black box."""
     steps: int = 20
     """Time steps of a picture."""
-    grid: Literal["log-snr", "natural", "uniform"] = "log-snr"
-    """Where the time steps lie: log-snr spends them evenly on the path KL; uniform is even in timesteps, natural in
-    between. A sampler of diffusers has its own, and no jitter."""
+    grid: Literal["log-snr", "natural", "uniform", "timesteps"] = "log-snr"
+    """Where the time steps lie: log-snr spends them evenly on the path KL; uniform is even in time, natural in between;
+    timesteps are whole ones, where diffusers' samplers ask. Such a sampler has its own, and no jitter."""
     eta: float = 1.0
     """Noise of the process: 1 is the reverse SDE. Deterministic diffusers samplers set it to 0."""
-    guidance: float = 5.0
-    """Classifier-free guidance, of the policy and of the untuned model alike; 1 is none, and halves the cost."""
     jitter: float = 0.4
     """How far times move from epoch to epoch, in steps, so that the policy is trained at all of them."""
 
@@ -129,15 +135,12 @@ class Settings:
     """How often pictures are drawn and learned from; with the learning rate's fall, a run cannot be made longer."""
     samples: int = 64
     """Pictures an epoch, over all processes."""
-    in_a_row: int = 1
-    """Pictures of one prompt before the next one comes; ddpo takes their mean for its baseline, with the option
-    group=N of the same N."""
-    lora: int = 0
-    """Rank of low-rank adapters on the attention layers; 0 trains every weight of the UNet."""
     lr: float = 1e-5
-    """Learning rate of the UNet, for AdamW; it falls linearly to a tenth. Adapters (lora) take about ten times more."""
+    """Learning rate of the UNet, for AdamW; it falls linearly to a tenth."""
     critic_lr: float = 1e-3
     """Learning rate of the critic."""
+    reward_lr: float = 1e-3
+    """Learning rate of a reward that is itself learned."""
     ema: float = 0.0
     """Decay an update of the averaged UNet, which then is what is evaluated and kept; 0 keeps none."""
     precision: Literal["no", "bf16", "fp16"] = "no"
@@ -156,7 +159,7 @@ class Settings:
 
     seed: int = 0
     """Of everything that is drawn in training; evaluations have one of their own."""
-    out: Path = Path("runs/sd15")
+    out: Path
     """The run's folder."""
     resume: bool = False
     """Go on from the run's last whole checkpoint, with the same settings."""
@@ -175,7 +178,7 @@ class Settings:
     max_kl: float | None = None
     """Path KL in nats over which a run warns."""
     min_diversity: float = 0.5
-    """Part of their first spread below which latents make a run warn: it has collapsed."""
+    """Part of its first value below which the spread of what is drawn makes a run warn: it has collapsed."""
     stop_on_collapse: bool = False
     """End the run where it would warn; the best checkpoint is kept."""
     pictures_every: int = 10
@@ -184,8 +187,6 @@ class Settings:
     """Where metrics and pictures go besides the folder."""
     eval_samples: int = 128
     """Pictures for each figure of the headline of the evaluation."""
-    eval_headline: int = 25
-    """Steps of dpmsolver++ for these, and of Heun for the path KL."""
     eval_samplers: tuple[str, ...] = ("ddim", "dpmsolver++", "unipc", "euler")
     """The evaluation's grid: these samplers ..."""
     eval_steps: tuple[int, ...] = (10, 25, 50, 100)
@@ -197,34 +198,40 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.model == "embedded":
-            object.__setattr__(self, "model", str(ASSETS / "tiny-sd"))
+            object.__setattr__(self, "model", str(self.embedded.with_suffix("")))
         if isinstance(self.out, str):
             object.__setattr__(self, "out", Path(self.out))
-        check_fields(self, LIMITS)
+        check_fields(self, self.limits)
         one_of("algorithm", self.algorithm, ALGORITHMS)
         if self.solver.startswith(BOXED):
             known(self.solver.removeprefix(BOXED))
         else:
             one_of("solver", self.solver, SOLVERS)
         for name in self.eval_samplers:
-            known(name)
-            if name.startswith("sde"):
-                raise ValueError(
-                    f"eval_samplers: {name} draws noise as it goes, so before and after could not be paired"
-                )
+            self.check_sampler(name)
         self._check_together()
+
+    def check_sampler(self, name: str) -> None:
+        """Raise unless the evaluation can draw by it."""
+        known(name)
+        if name.startswith("sde"):
+            raise ValueError(f"eval_samplers: {name} draws noise as it goes, so before and after could not be paired")
 
     def _check_together(self) -> None:
         """Raise at settings that exclude one another."""
+        for conflict, here in self.conflicts().items():
+            if here:
+                raise ValueError(conflict)
+
+    def conflicts(self) -> dict[str, bool]:
+        """What must not be, and whether it is."""
         boxed = self.solver.startswith(BOXED)
         noiseless = self.eta == 0 or (boxed and not self.solver.removeprefix(BOXED).startswith("sde"))
-        conflicts = {
+        return {
             "resume goes on with a run, overwrite deletes it: take one": self.resume and self.overwrite,
-            "offload_reference: with lora the reference is the same network, its adapters off": bool(
-                self.lora and self.offload_reference
+            f"algorithm {self.algorithm} needs the density of a step: take solver ddim, exponential or 2m": (
+                self.algorithm in DENSE and (boxed or self.solver == "heun")
             ),
-            "algorithm ddpo needs the density of a step: take solver ddim, exponential or 2m": self.algorithm == "ddpo"
-            and (boxed or self.solver == "heun"),
             "gamma must be > 0 for q-learning, which learns from actions drawn around the mean, and 0 otherwise": (
                 (self.algorithm == "q-learning") != (self.gamma > 0)
             ),
@@ -238,9 +245,6 @@ class Settings:
                 self.algorithm == "adjoint-matching" and self.reward_python is not None and ":" in self.reward
             ),
         }
-        for conflict, here in conflicts.items():
-            if here:
-                raise ValueError(conflict)
 
     def check_places(self) -> None:
         """Raise unless what is to be written can be, and an interpreter is one."""
@@ -250,8 +254,8 @@ class Settings:
         if self.reward_python is not None and shutil.which(self.reward_python) is None:
             raise ValueError(f"reward_python {self.reward_python!r} is no program that can be run")
 
-    @staticmethod
-    def read(file: Path) -> Settings:
+    @classmethod
+    def read(cls, file: Path) -> Self:
         """From YAML or JSON; what the file leaves out is as above."""
         if not file.is_file():
             raise ValueError(f"config: there is no file {file}")
@@ -261,7 +265,7 @@ class Settings:
             raise ValueError(f"config: {file} is neither YAML nor JSON: {wrong}") from wrong
         if not isinstance(given, dict):
             raise ValueError(f"config: {file} must have lines such as `epochs: 100`, got {given!r}")
-        kinds = {f.name: str(f.type) for f in dataclasses.fields(Settings)}
+        kinds = {f.name: str(f.type) for f in dataclasses.fields(cls)}
         for name in given:
             one_of(f"config: {file}: what is set", str(name), kinds)
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
@@ -271,15 +275,15 @@ class Settings:
                     given[name] = float(value)
         if given.get("precision") is False:  # no, to YAML
             given["precision"] = "no"
-        return Settings(**given)
+        return cls(**given)
 
     def check_resumed(self) -> None:
         """Raise unless the run that is gone on with was made with the same, but for what does not matter to it."""
         file = self.out / "config.json"
         if not (self.resume and file.is_file()):
             return
-        before, now = Settings.read(file).plain(), self.plain()
-        changed = [name for name in now if now[name] != before[name] and name not in FREE and name[:5] != "eval_"]
+        before, now = self.read(file).plain(), self.plain()
+        changed = [name for name in now if now[name] != before[name] and name not in self.free and name[:5] != "eval_"]
         if changed:
             name = changed[0]
             raise ValueError(
@@ -291,3 +295,56 @@ class Settings:
         """As JSON and YAML have it."""
         return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v
                 for k, v in asdict(self).items()}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Tuning):
+    """What is trained, on what, and how. The defaults are for Stable Diffusion v1.5 on one GPU."""
+
+    limits: ClassVar[dict[str, str]] = {
+        **LIMITS, "guidance": ">= 1", "in_a_row": ">= 1", "lora": ">= 0", "eval_headline": ">= 1",
+    }  # fmt: skip
+    free: ClassVar[frozenset[str]] = FREE | {"other_reward"}
+    embedded: ClassVar[Path] = EMBEDDED
+
+    model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x or 2.x; or embedded, the small one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Which weight files, such as fp16; they are trained in float32 all the same."""
+
+    reward: str = "pickscore"
+    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following or
+    following-soft (of the embedded model's pictures; the soft one has a gradient), NAME=MODEL for another model,
+    module:function of yours, or "A + 0.1 * B"."""
+    other_reward: str | None = "clip-score"
+    """A second one, looked at in the evaluation and not trained on: it shows what the first one cost."""
+    prompts: str = "animals"
+    """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), one prompt, or a file: .txt with a
+    prompt a line, .csv or .jsonl with a column `prompt`, the others being the reward's metadata."""
+    eval_prompts: str | None = None
+    """Evaluated on; by default those trained on."""
+    in_a_row: int = 1
+    """Pictures of one prompt before the next one comes; ddpo takes their mean for its baseline, with the option
+    group=N of the same N."""
+
+    guidance: float = 5.0
+    """Classifier-free guidance, of the policy and of the untuned model alike; 1 is none, and halves the cost."""
+
+    lora: int = 0
+    """Rank of low-rank adapters on the attention layers, which take about ten times the learning rate; 0 trains every
+    weight of the UNet."""
+
+    out: Path = Path("runs/sd15")
+    """The run's folder."""
+    eval_headline: int = 25
+    """Steps of dpmsolver++ for the evaluation's headline, and of Heun for its path KL."""
+
+    def conflicts(self) -> dict[str, bool]:
+        """Those of all, and of adapters."""
+        return super().conflicts() | {
+            "offload_reference: with lora the reference is the same network, its adapters off": bool(
+                self.lora and self.offload_reference
+            ),
+        }

@@ -16,7 +16,7 @@ from benchmarks import algorithms, discretization_error, faults, report, rollout
 from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
 from ctrl.stops import RunFailed
-from scale import rewards, sd15, settings
+from scale import rewards, sd15, settings, tuning
 from scale.prompts import Prompt
 
 ANYTHING = st.recursive(
@@ -34,10 +34,11 @@ BENCHMARKS = [
     algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options, rollout.Options,
     sd_tiny.SDTinyOptions,
 ]  # fmt: skip
-SETTINGS = [fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, sd15.Export, *ALGORITHMS, *BENCHMARKS]
+SETTINGS = [fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, *ALGORITHMS, *BENCHMARKS]
 NEEDED = {
     "Evaluate": {"run": Path("run")}, "Sample": {"run": Path("run")},
     "Export": {"run": Path("run")},
+    "InverseRL": {"algorithm": ctrl.algorithms.ActorCritic(), "data": torch.zeros_like},
     "KLBudget": {"algorithm": ctrl.algorithms.ActorCritic(), "nats": 1.0},
 }  # fmt: skip
 
@@ -130,7 +131,7 @@ def test_any_file_of_settings_is_taken_or_refused(tmp_path_factory, given_settin
 def test_any_option_is_taken_or_refused(text, algorithm):
     for option in (text, f"nodes={text}", f"{text}=1"):
         s = settings.Settings(algorithm=algorithm, solver="2m", options=(option,))
-        assert isinstance(outcome(lambda s=s: sd15.algorithm_of(s, True)), ValueError | ctrl.algorithms.Algorithm)
+        assert isinstance(outcome(lambda s=s: tuning.algorithm_of(s, True)), ValueError | ctrl.algorithms.Algorithm)
 
 
 RETURNS = ANYTHING | st.sampled_from([

@@ -16,9 +16,11 @@ from scale import make_tiny_sd, models, sd15
 from scale.evaluate import draw
 from scale.make_tiny_sd import Recipe, untrained
 from scale.prompts import Prompt, read
+from scale.rewards import reward_of
 from scale.sd15 import Evaluate, Export, Sample, evaluate_run, export, main, needs, sample, settings_of, train
 from scale.settings import ASSETS, EMBEDDED, Settings
 from scale.shapes import judge, parse
+from scale.tuning import algorithm_of
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run, model):
     again = draw(run.pipeline, prompts, range(4), "dpmsolver++", 5, 2.0, 64)
     assert torch.equal(drawn.images, again.images)
     found = json.loads((run.out / "evaluation.json").read_text())
-    rewarded = sd15.reward_of("following-soft")(drawn.images, [p.text for p in drawn.prompts], [])
+    rewarded = reward_of("following-soft")(drawn.images, [p.text for p in drawn.prompts], [])
     assert found["reward_after"] == pytest.approx(float(rewarded.mean()), rel=1e-5)
     assert found["path_kl"] > 0 and found["gain_se"] > 0 and 0.8 < found["ceiling"] < 1
     assert [(row["sampler"], row["steps"]) for row in found["grid"]] == [("euler", 3)]
@@ -149,6 +151,14 @@ def test_a_stopped_run_goes_on(model, tmp_path):
             marks=pytest.mark.long,
         ),
         {"algorithm": "adjoint-matching", "options": ("updates=1", "nodes=8")},
+        pytest.param(
+            {"algorithm": "td-form", "options": ("nodes=8", "evaluation.critic_updates=1", "evaluation.nodes=8")},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            {"algorithm": "next-value", "options": ("nodes=8", "evaluation.critic_updates=1", "evaluation.nodes=8")},
+            marks=pytest.mark.long,
+        ),
         {"reward": "jpeg-compressibility", "pretrain": 1},
         pytest.param(
             {
@@ -278,7 +288,7 @@ def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
 
 
 def test_a_budget_wraps_the_algorithm(model, tmp_path):
-    found = sd15.algorithm_of(short(model, tmp_path, kl=3.0), True)
+    found = algorithm_of(short(model, tmp_path, kl=3.0), True)
     assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
 
 

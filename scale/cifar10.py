@@ -1,0 +1,453 @@
+"""Fine-tune a diffusion model of small pictures as the few-step sampler that it is used as, by `ctrl.fit`.
+
+    python scale/cifar10.py                                      google/ddpm-cifar10-32 where there is CUDA, else the
+                                                                 small embedded model, at 10 steps, towards a class
+    python scale/cifar10.py --reward energy --data data --download     towards the data themselves (DxMI's loop)
+    python scale/cifar10.py --algorithm next-value                     its discrete value form; td-form, ddpo
+    python scale/cifar10.py pretrain --data mine                       a model of one's own pictures, from nothing
+    python scale/cifar10.py evaluate --run runs/cifar10 --samples 10000
+    python scale/cifar10.py sample --run runs/cifar10
+    python scale/cifar10.py export --run runs/cifar10                  the pipeline of its best checkpoint
+    accelerate launch scale/cifar10.py ...                             the same on many devices
+
+A run leaves in OUT: config.json, metrics.jsonl, tensorboard's events, checkpoints (`--resume` goes on from the last),
+pictures on the same noise over training, evaluation.json, report.html, and pipeline/, a `DDPMPipeline` for diffusers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import tyro
+import yaml
+from accelerate import Accelerator, cpu_offload, init_empty_weights
+from diffusers import DDPMPipeline, UNet2DModel
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+
+from ctrl import NetworkCritic, Noise, StructuredCritic
+from ctrl.algorithms import InverseRL
+from ctrl.fields import check_fields, one_of
+from ctrl.problem import ScoreAsAction
+from ctrl.value import Critic
+from scale import data, pixels, report, tuning
+from scale.diffusion import Decoded, Score, StandIn, Value, problem
+from scale.pixels import Evaluation
+from scale.pretrain import Pretrain, pretrain
+from scale.rewards import Reward, terms
+from scale.settings import ASSETS, FREE, LEARN_VALUES, LIMITS, Tuning
+
+ENERGY = "energy"
+"""The reward that is learned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(Tuning):
+    """What is trained, on what, and how. The defaults are for google/ddpm-cifar10-32 on one GPU."""
+
+    limits: ClassVar[dict[str, str]] = {**LIMITS, "energy_updates": ">= 1", "energy_squares": ">= 0"}
+    free: ClassVar[frozenset[str]] = FREE | {"download", "fid_weights"}
+    embedded: ClassVar[Path] = ASSETS / "tiny-cifar10.yaml"
+
+    model: str = "google/ddpm-cifar10-32"
+    """Hub name, or folder in diffusers' format, of an unconditional DDPMPipeline; or embedded, the small one."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    variant: str | None = None
+    """Which weight files, such as fp16; they are trained in float32 all the same."""
+
+    reward: str = "cifar10-class=horse"
+    """What is to grow: cifar10-class=NAME (the log-probability of a class under a small classifier; another one
+    judges), jpeg-compressibility, jpeg-incompressibility, module:function of yours, a sum "A + 0.1 * B"; or energy,
+    which is learned beside the policy and tells data from pictures drawn."""
+    data: Path | None = None
+    """CIFAR-10 in any of its layouts, or a folder of pictures of the model's size: for the energy, and to look for
+    copies."""
+    download: bool = False
+    """Fetch CIFAR-10 to `data` first."""
+    energy_updates: int = 1
+    """Optimiser steps of the energy an epoch."""
+    energy_squares: float = 0.1
+    """Weight of the energies' squares, which keeps them in bounds."""
+
+    algorithm: str = "actor-critic"
+    """The form of the update: actor-critic (the gradient of V), td-form, next-value (DxMI's, in discrete time), ddpo;
+    or ppo, ppo-clip, path-consistency, policy-iteration, q-learning, adjoint-matching (rewards with a gradient)."""
+    solver: str = "exponential"
+    """How pictures are drawn in training: exponential (ancestral sampling), 2m, heun (two calls a step), ddim, or
+    diffusers/NAME for one of diffusers' own (ddim, dpmsolver++, sde-dpmsolver++, unipc, euler, heun), a black box."""
+    steps: int = 10
+    """Time steps of a picture, from 4 to the model's timesteps."""
+    grid: Literal["log-snr", "natural", "uniform", "timesteps"] = "timesteps"
+    """Where the time steps lie: timesteps are whole ones, where diffusers' samplers ask too, so that what is trained is
+    what is used; log-snr spends them evenly on the path KL; uniform is even in time, natural in between."""
+    jitter: float = 0.0
+    """How far times move from epoch to epoch, in steps: 0 trains the sampler of just these steps."""
+
+    out: Path = Path("runs/cifar10")
+    """The run's folder."""
+    eval_sampler: str = "ancestral"
+    """Of the headline, at `steps` steps: ancestral, ddim, dpmsolver++, unipc. It stands against the best of these, of
+    the untuned model, at as many."""
+    eval_samplers: tuple[str, ...] = ("ancestral", "ddim", "dpmsolver++", "unipc")
+    """The evaluation's grid: these samplers ..."""
+    eval_steps: tuple[int, ...] = (10, 20, 50)
+    """... at these numbers of steps; none leaves the grid out."""
+    fid_weights: Path | None = None
+    """File of the Inception network's weights: computes the FID too, by torch-fidelity, against `data`."""
+
+    def __post_init__(self) -> None:
+        for name in ("data", "fid_weights"):
+            if isinstance(getattr(self, name), str):
+                object.__setattr__(self, name, Path(getattr(self, name)))
+        super().__post_init__()
+        self.check_sampler(self.eval_sampler)
+
+    def check_sampler(self, name: str) -> None:
+        """Raise unless the evaluation can draw by it."""
+        one_of("sampler", name, pixels.SAMPLERS)
+
+    def conflicts(self) -> dict[str, bool]:
+        """Those of all, and of data."""
+        return super().conflicts() | {
+            "data must be given for reward energy, which tells data from pictures drawn: --data FOLDER, --download": (
+                self.reward == ENERGY and self.data is None
+            ),
+            "data must be given with download, the folder to fetch CIFAR-10 to": self.download and self.data is None,
+            "data must be given with fid_weights: the FID is against them": (
+                self.fid_weights is not None and self.data is None
+            ),
+            "steps must be at least 4": self.steps < 4,
+        }
+
+
+# ------------------------------------------------------------------------------------------ the parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(tuning.Task):
+    """What `ctrl.fit` is handed, and the pipeline whose UNet it trains."""
+
+    pipeline: DDPMPipeline
+    reward: Reward
+    """Of pictures, for the evaluation."""
+    pictures: data.Pictures | None
+
+
+def pipeline_of(s: Settings, device: torch.device) -> DDPMPipeline:
+    """Loaded, with a UNet that is to be trained."""
+    pipeline = pixels.load(s.model, s.revision, s.variant)
+    tuning.check_timesteps(pipeline, steps=(s.steps,), eval_steps=s.eval_steps)
+    if s.gradient_checkpointing:
+        pipeline.unet.enable_gradient_checkpointing()
+    pipeline.unet.train(False)  # there is dropout in some; the reference has none
+    return pipeline.to(device)
+
+
+def pictures_of(s: Settings, pipeline: DDPMPipeline) -> data.Pictures | None:
+    """What `data` has, of the model's size."""
+    if s.data is None:
+        return None
+    if s.download:
+        data.download(s.data)
+    found, size = data.read(s.data), pipeline.unet.config.sample_size
+    if found.pixels.shape[-2:] != (size, size):
+        raise ValueError(
+            f"data: the pictures of {s.data} are {found.pixels.shape[-1]} x {found.pixels.shape[-2]}, those of "
+            f"{s.model} {size} x {size}"
+        )
+    return found
+
+
+def drawn_data(s: Settings, pictures: data.Pictures) -> Callable[[Tensor], Tensor]:
+    """One picture for each sample id, at random and flipped at random."""
+    noise = Noise(s.seed + 2)
+
+    def of(ids: Tensor) -> Tensor:
+        u, flip = noise.uniform(ids.cpu(), (2,)).unbind(1)
+        return pictures.batch((u * len(pictures)).long(), flip < 0.5).to(ids.device)
+
+    return of
+
+
+class LearnedReward:
+    """The energy, as a reward of pictures in [0, 1]."""
+
+    differentiable, __name__ = True, ENERGY
+
+    def __init__(self, energy: nn.Module) -> None:
+        self.energy = energy
+
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
+        device = next(self.energy.parameters()).device
+        return self.energy(2 * images.to(device) - 1).to(images.device)
+
+
+def critic_of(s: Settings, task: ScoreAsAction, differentiable: bool) -> Critic:
+    """V from states and times; with a black box the structured one learns what to put in its skip."""
+    channels = task.shape[0]
+    network = Value(channels, width=s.critic_width)
+    if s.critic == "network":
+        return NetworkCritic(task, network)
+    return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width=s.critic_width))
+
+
+def check(s: Settings) -> None:
+    """What can be wrong without a model."""
+    tuning.check(s)
+    if s.reward != ENERGY:
+        terms(s.reward)
+
+
+def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Task:
+    """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
+    check(s)
+    learned = s.reward == ENERGY and given is None
+    shown = None if learned else tuning.rewards_of(s, given)["reward"]
+    differentiable = learned or tuning.differentiable(s, shown)
+    pipeline = pipeline_of(s, accelerator.device)
+    pictures, solver = pictures_of(s, pipeline), tuning.solver_of(s, pipeline)
+    policy = Score.of(pipeline)
+    reference, eta = policy.frozen(), tuning.eta_of(s, solver)
+    if s.offload_reference:
+        cpu_offload(reference.unet, execution_device=accelerator.device)
+    torch.manual_seed(s.seed)  # of the first weights of energy and critic
+    reward: Any = StandIn(3, width=s.critic_width) if learned else Decoded(
+        None, shown, differentiable=differentiable, chunk=s.batch
+    )  # fmt: skip
+    task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
+    algorithm = tuning.algorithm_of(s, eta > 0)
+    if learned:
+        assert pictures is not None
+        algorithm = InverseRL(algorithm, drawn_data(s, pictures), s.energy_squares, s.energy_updates)
+    critic = critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None
+    algorithm.check(task, solver, critic)
+    return Task(
+        problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
+        conditions=None, fit=tuning.fit_settings(s, solver), pipeline=pipeline,
+        reward=LearnedReward(reward) if learned else shown, pictures=pictures,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
+    """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
+    s = settings
+    accelerator = tuning.accelerator_of(s)
+    task = assemble(s, reward, accelerator)
+    tuning.begin(s, task, accelerator, "cifar10")
+
+    def shown() -> Tensor:
+        return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
+
+    history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
+    found = finish(s, task, history) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return tuning.Outcome(task.pipeline, found, history, s.out)
+
+
+def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation:
+    """Keep the pipeline, evaluate against the untuned model, and tell the story."""
+    save(s, task.pipeline)
+    untuned = pixels.load(s.model, s.revision, s.variant).to(task.pipeline.unet.device)
+    found = judged(s, task.pipeline, untuned, task.reward, task.pictures)
+    found.write(s.out / "evaluation.json")
+    card(s, found)
+    sides = [
+        pixels.draw(p, range(2 * tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
+        for p in (untuned, task.pipeline)
+    ]
+    report.html(
+        s.out / "report.html", f"{s.model}, tuned on {s.reward}", found.summary(),
+        {
+            "The same noise, before and after": report.pictures(dict(zip(("before", "after"), sides, strict=True))),
+            "Training": report.curves(history),
+            "By sampler and number of steps": report.samplers(found.grid),
+            "Settings": report.listed(s.plain()),
+        },
+    )  # fmt: skip
+    print(found.summary(), f"-> {s.out / 'report.html'}, {s.out / 'pipeline'}", sep="\n")
+    return found
+
+
+def judged(
+    s: Settings, pipeline: DDPMPipeline, untuned: DDPMPipeline, reward: Reward, pictures: data.Pictures | None
+) -> Evaluation:
+    """As the settings say."""
+    return pixels.evaluate(
+        pipeline, untuned, reward, samples=s.eval_samples, headline=(s.eval_sampler, s.steps),
+        grid=[(name, steps) for name in s.eval_samplers for steps in s.eval_steps],
+        grid_samples=s.eval_grid_samples, pictures=pictures, fid_weights=s.fid_weights, batch=s.batch,
+    )  # fmt: skip
+
+
+def save(s: Settings, pipeline: DDPMPipeline) -> None:
+    """OUT/pipeline, which diffusers draws from as it was trained: ancestral sampling from the last timestep on."""
+    kept = DDPMPipeline(pipeline.unet, pixels.scheduler("ancestral", pipeline))
+    kept.save_pretrained(s.out / "pipeline")
+    for file in (s.out / "pipeline").rglob("*.safetensors"):
+        file.chmod(0o644)  # they come as the writer's alone
+
+
+def card(s: Settings, found: Evaluation) -> None:
+    """Beside the weights, a model card as the hub reads it."""
+    text = f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+base_model: {s.model}
+base_model_relation: finetune
+tags: [ddpm, reinforcement-learning, score-as-action]
+---
+
+# Tuned on {s.reward}
+
+{s.model}, fine-tuned by {s.algorithm} in continuous time (arXiv 2502.01819) on the reward `{s.reward}`, as a sampler of
+{s.steps} steps. The license is the base model's.
+
+```python
+from diffusers import DDPMPipeline
+
+pipeline = DDPMPipeline.from_pretrained("pipeline")
+image = pipeline(num_inference_steps={s.steps}).images[0]
+```
+
+{found.summary()}
+"""
+    (s.out / "pipeline" / "README.md").write_text(text)
+
+
+def needs(s: Settings) -> str:
+    """Memory of what is kept for every weight, and network calls, from the model's config alone."""
+    folder = Path(s.model) / "unet"
+    try:
+        config = UNet2DModel.load_config(folder if folder.is_dir() else s.model, revision=s.revision)
+    except OSError as wrong:
+        raise ValueError(pixels.not_there(s.model, wrong)) from wrong
+    with init_empty_weights():
+        weights = UNet2DModel.from_config(config).num_parameters()
+    reference = 0 if s.offload_reference else weights
+    return tuning.needs(s, weights=weights, trained=weights, reference=reference, calls=1, besides="the reward")
+
+
+# ------------------------------------------------------------------------------------------ after training
+
+
+@dataclass(frozen=True)
+class Evaluate(tuning.Evaluate):
+    """What a run gained, against the model it began with. Leave out to keep what the run was made with; of a run on the
+    energy, which is not kept, name another reward. 10000 and 50000 samples are usual for Frechet distances."""
+
+    data: Path | None = None
+    """To look for copies, and for the FID."""
+    fid_weights: Path | None = None
+    """File of the Inception network's weights."""
+
+
+def tuned(run: Path) -> tuple[Settings, DDPMPipeline]:
+    """A run's settings and its pipeline, loaded by diffusers alone."""
+    s = tuning.settings_of_run(Settings, run)
+    if not (run / "pipeline").is_dir():
+        raise ValueError(f"run: {run} has no pipeline yet: let the training end, with --resume, or export a checkpoint")
+    return s, pixels.load(str(run / "pipeline"))
+
+
+def evaluate_run(e: Evaluate) -> Evaluation:
+    """Write evaluation.json anew."""
+    s, pipeline = tuned(e.run)
+    s = e.over(s, data=e.data, fid_weights=e.fid_weights)
+    if s.reward == ENERGY:
+        raise ValueError("reward: the energy of a run is not kept beside its pipeline; name another, --reward")
+    device = Accelerator().device
+    untuned = pixels.load(s.model, s.revision, s.variant).to(device)
+    found = judged(s, pipeline.to(device), untuned, tuning.rewards_of(s)["reward"], pictures_of(s, untuned))
+    found.write((e.out or e.run) / "evaluation.json")
+    print(found.summary())
+    return found
+
+
+def export(o: tuning.Export) -> Path:
+    """Write RUN/pipeline from a checkpoint."""
+    s = tuning.settings_of_run(Settings, o.run)
+    folder, pipeline = tuning.chosen(o, s.beta), pipeline_of(s, torch.device("cpu"))
+    pipeline.unet.load_state_dict(tuning.unet_weights(folder))
+    save(dataclasses.replace(s, out=o.run), pipeline)
+    print(f"{folder.name} -> {o.run / 'pipeline'}")
+    return folder
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pictures from a run, or from the model it began with."""
+
+    run: Path
+    """The run's folder."""
+    n: int = 64
+    """How many."""
+    sampler: str | None = None
+    """ancestral, ddim, dpmsolver++ or unipc; by default that of the run's evaluation."""
+    steps: int | None = None
+    """Time steps; by default those of training."""
+    seed: int = 0
+    """Of the noise."""
+    untuned: bool = False
+    """Of the model before."""
+    out: Path | None = None
+    """Where 0000.png ... and grid.png go; by default RUN/samples."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"n": ">= 1", "steps": ">= 1", "seed": ">= 0"})
+        if self.sampler is not None:
+            one_of("sampler", self.sampler, pixels.SAMPLERS)
+
+
+def sample(o: Sample) -> Path:
+    """Draw, and write one file a picture and a grid."""
+    s, pipeline = tuned(o.run)
+    pipeline = pixels.load(s.model, s.revision, s.variant) if o.untuned else pipeline
+    device, name, steps = Accelerator().device, o.sampler or s.eval_sampler, o.steps or s.steps
+    images = pixels.draw(pipeline.to(device), range(o.n), name, steps, s.batch, o.seed)
+    out = o.out or o.run / "samples"
+    report.keep_all(images, out)
+    return out
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+APART: dict[str, dict[str, Any]] = {
+    "reward": {"algorithm": "actor-critic", "critic": "network", "options": ()}, "algorithm": {"options": ()},
+}  # fmt: skip
+"""What goes with the embedded model's reward or algorithm, and not with another."""
+COMMANDS = ("finetune", "pretrain", "evaluate", "sample", "export")
+
+
+def main(arguments: list[str]) -> None:
+    """finetune (which may be left out), pretrain, evaluate, sample, export."""
+    command, *rest = arguments if arguments[:1] and arguments[0] in COMMANDS else ("finetune", *arguments)
+    if command == "pretrain":
+        pretrain(tyro.cli(Pretrain, args=rest))
+    elif command == "evaluate":
+        evaluate_run(tyro.cli(Evaluate, args=rest))
+    elif command == "sample":
+        sample(tyro.cli(Sample, args=rest))
+    elif command == "export":
+        export(tyro.cli(tuning.Export, args=rest))
+    elif (s := tuning.settings_of(Settings, rest, APART, str(__doc__))).dry_run:
+        check(s)
+        print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+    else:
+        train(s)
+
+
+if __name__ == "__main__":
+    tuning.run_command(main)

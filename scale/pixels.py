@@ -1,0 +1,266 @@
+"""Unconditional diffusion models of pictures: load one, draw from it, and see how far what it draws is from real ones.
+
+    pipeline = load("google/ddpm-cifar10-32")             # or a folder; a `DDPMPipeline` as diffusers has it
+    images = draw(pipeline, range(1000), "ancestral", 10)   # (n, 3, H, W) in [0, 1], each from the noise of its id
+
+`scale.classifiers` compares sets of pictures; here are what needs real ones: the nearest of them, and the FID.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    UNet2DModel,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+from tqdm import tqdm
+
+from ctrl import Estimate
+from ctrl.fields import one_of
+from scale.classifiers import Moments, diversity, features, frechet, histogram
+from scale.data import Pictures
+from scale.diffusion import NO_PROMPT, Decoded, Score, problem
+from scale.evaluate import KL_SAMPLES, SEED, Written, nats
+from scale.rewards import Reward, ask
+
+SAMPLERS: dict[str, Any] = {
+    "ancestral": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler,
+    "unipc": UniPCMultistepScheduler,
+}  # fmt: skip
+
+
+def load(name: str, revision: str | None = None, variant: str | None = None) -> DDPMPipeline:
+    """The pipeline, checked, in float32: it is what is trained."""
+    where = Path(name)
+    if where.exists() and not (where / "model_index.json").is_file():
+        raise ValueError(f"model must be a folder in diffusers' format; {where} has no model_index.json")
+    try:
+        index = DDPMPipeline.load_config(name, revision=revision)
+        if (kind := index.get("_class_name")) not in ("DDPMPipeline", "DDIMPipeline"):
+            raise ValueError(f"model must be a DDPMPipeline of pictures; {name} is a {kind}")
+        pipeline = DDPMPipeline.from_pretrained(name, revision=revision, variant=variant)
+    except OSError as wrong:
+        raise ValueError(not_there(name, wrong)) from wrong
+    if not isinstance(pipeline.unet, UNet2DModel):
+        raise ValueError(f"model must have a UNet2DModel; {name} has a {type(pipeline.unet).__name__}")
+    prediction = pipeline.scheduler.config.prediction_type
+    if prediction not in ("epsilon", "v_prediction"):
+        raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
+    return pipeline.to(torch.float32)
+
+
+def not_there(name: str, wrong: OSError) -> str:
+    """What to do about a model that cannot be had."""
+    first = str(wrong).strip().splitlines()[0]
+    return (
+        f"model: {name} cannot be had ({first}). Is the name right? Where there is no network, run "
+        f"`hf download {name}` on a machine that has one, and give the folder it prints"
+    )
+
+
+def scheduler(name: str, pipeline: DDPMPipeline) -> Any:
+    """The sampler of that name under the pipeline's schedule; few steps begin at the last timestep."""
+    one_of("sampler", name, SAMPLERS)
+    config = pipeline.scheduler.config
+    small = {"variance_type": "fixed_small"} if name == "ancestral" else {}  # the posterior's, which is the SDE's
+    return SAMPLERS[name].from_config(config, timestep_spacing="trailing", **small)
+
+
+@torch.no_grad()
+def draw(
+    pipeline: DDPMPipeline, ids: Sequence[int], name: str, steps: int, batch: int = 64, seed: int = SEED
+) -> Tensor:
+    """Pictures in [0, 1] on the CPU, (n, 3, H, W), as diffusers' own pipelines draw them; each has its own noise."""
+    unet, box, found = pipeline.unet, scheduler(name, pipeline), []
+    size = unet.config.sample_size
+    for k in range(0, len(ids), batch):
+        rngs = [torch.Generator().manual_seed(seed + i) for i in ids[k : k + batch]]
+        box.set_timesteps(steps)
+        noise = {"generator": rngs} if name == "ancestral" else {}
+        start = randn_tensor((len(rngs), 3, size, size), generator=rngs, device=unet.device, dtype=unet.dtype)
+        x = start * box.init_noise_sigma
+        for t in box.timesteps:
+            out = unet(box.scale_model_input(x, t), t, return_dict=False)[0]
+            x = box.step(out, t, x, **noise).prev_sample
+        found.append((x / 2 + 0.5).clamp(0, 1).cpu())
+    return torch.cat(found)
+
+
+# ------------------------------------------------------------------------------------------ against real ones
+
+
+@torch.no_grad()
+def nearest(images: Tensor, real: Tensor, batch: int = 500) -> Tensor:
+    """Each picture's distance to the nearest real one or its mirror image, per pixel and channel, (n,); pictures in
+    [0, 1]. Near zero: it is a copy."""
+    flat = images.flatten(1)
+    best = flat.new_full((len(flat),), torch.inf)
+    for part in real.split(batch):
+        for side in (part, part.flip(3)):
+            best = torch.minimum(best, torch.cdist(flat, side.flatten(1)).amin(1))
+    return best / flat.shape[1] ** 0.5
+
+
+def fid(images: Tensor, real: Tensor, weights: Path | None) -> float:
+    """The Frechet Inception distance (Heusel et al. 2017, arXiv 1706.08500) by torch-fidelity, which has the original
+    TensorFlow network's weights and resizing, as published figures have them. weights: their file, or its download."""
+    try:
+        import torch_fidelity
+    except ImportError as missing:
+        raise ValueError("fid needs torch-fidelity: pip install torch-fidelity") from missing
+    sets = [_Bytes(part) for part in (images, real)]
+    path = None if weights is None else str(weights)
+    found = torch_fidelity.calculate_metrics(
+        input1=sets[0], input2=sets[1], fid=True, cuda=torch.cuda.is_available(), verbose=False,
+        feature_extractor_weights_path=path,
+    )  # fmt: skip
+    return float(found["frechet_inception_distance"])
+
+
+class _Bytes(torch.utils.data.Dataset[Tensor]):
+    """Pictures as torch-fidelity wants them."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return (self.images[i] * 255).round().byte()
+
+
+# ------------------------------------------------------------------------------------------ before and after
+
+
+@dataclass(frozen=True)
+class Evaluation(Written):
+    """What `evaluation.json` holds: the untuned model by `sampler` (before), by the best of SAMPLERS at as many steps
+    (best_untuned), and the tuned one (after), on the same noise. The gain is over the best of the untuned. `grid` has a
+    row for each sampler and number of steps, of grid_samples pictures."""
+
+    sampler: str
+    steps: int
+    samples: int
+    reward_before: float
+    reward_best_untuned: float
+    best_untuned: str
+    reward_after: float
+    gain: float
+    gain_se: float
+    path_kl: float
+    path_kl_se: float
+    frechet_in: str
+    frechet_before: float
+    frechet_best_untuned: float
+    frechet_best_untuned_by: str
+    frechet_after: float
+    fid_before: float | None
+    fid_after: float | None
+    diversity_before: float
+    diversity_after: float
+    classes_before: list[float]
+    classes_after: list[float]
+    nearest_before: float | None
+    nearest_after: float | None
+    untuned: dict[str, dict[str, float]]
+    grid_samples: int
+    grid: list[dict[str, Any]]
+
+    def summary(self) -> str:
+        """For people."""
+        distance = f"Frechet distance in {self.frechet_in}, {self.samples} pictures"
+        before = f"{self.reward_before:.4g} untuned by {self.sampler}"
+        best = f"{self.reward_best_untuned:.4g} by {self.best_untuned}, the best"
+        nearer = f"{self.frechet_best_untuned:.4g} by {self.frechet_best_untuned_by}, the best"
+        lines = [
+            f"reward at {self.steps} steps: {before}, {best} -> {self.reward_after:.4g}",
+            f"gain {self.gain:.3g} +- {self.gain_se:.2g} over the best untuned sampler",
+            f"path KL {self.path_kl:.3g} +- {self.path_kl_se:.2g} nats a picture",
+            f"{distance}: {self.frechet_before:.4g} untuned, {nearer} -> {self.frechet_after:.4g}",
+            f"diversity {self.diversity_before:.4g} -> {self.diversity_after:.4g}",
+            f"largest class {max(self.classes_before):.0%} -> {max(self.classes_after):.0%} of pictures",
+        ]
+        if self.nearest_after is not None:
+            lines.append(f"nearest real picture {self.nearest_before:.3g} -> {self.nearest_after:.3g} a pixel")
+        if self.fid_after is not None:
+            lines.append(f"FID, {self.samples} pictures: {self.fid_before:.4g} -> {self.fid_after:.4g}")
+        return "\n".join(lines)
+
+
+def evaluate(
+    pipeline: DDPMPipeline, untuned: DDPMPipeline, reward: Reward, *, samples: int, headline: tuple[str, int],
+    grid: Sequence[tuple[str, int]] = (), grid_samples: int = 64, pictures: Pictures | None = None,
+    fid_weights: Path | None = None, batch: int = 64,
+) -> Evaluation:  # fmt: skip
+    """Before and after, on the same noise; the untuned model by every sampler at the headline's number of steps."""
+    name, steps = headline
+    cells = dict.fromkeys(grid, grid_samples)
+    total = sum(steps for _ in (*SAMPLERS, "after")) * samples + sum(2 * n * cells[_, n] for _, n in cells)
+    bar = tqdm(total=total, desc="evaluation", unit="step")
+
+    def drawn(p: DDPMPipeline, by: str, n_steps: int, n: int) -> Tensor:
+        images = draw(p, range(n), by, n_steps, batch)
+        bar.update(n_steps * n)
+        return images
+
+    before = {by: drawn(untuned, by, steps, samples) for by in SAMPLERS}
+    after = drawn(pipeline, name, steps, samples)
+    rows = [
+        {"sampler": by, "steps": n, **_gains(*(drawn(p, by, n, grid_samples) for p in (untuned, pipeline)), reward)}
+        for by, n in cells
+    ]
+    bar.close()
+    rewards, ended = {by: rewarded(reward, images) for by, images in before.items()}, rewarded(reward, after)
+    seen, seen_after = {by: features(images) for by, images in before.items()}, features(after)
+    real = Moments.embedded()
+    away = {by: frechet(Moments.of(f), real) for by, f in seen.items()}
+    best = max(rewards, key=lambda by: float(rewards[by].mean()))
+    nearer = min(away, key=lambda by: away[by])
+    task = problem(Score.of(untuned), Decoded(None, reward), beta=1.0)
+    kl = nats(task, Score.of(pipeline), lambda ids: None, min(samples, KL_SAMPLES), 25, batch)
+    gain = Estimate.of(ended - rewards[best])
+    shown = (before[name], after)
+    held = None if pictures is None else pictures.batch(torch.arange(len(pictures))) / 2 + 0.5
+    copies = [None if held is None else float(nearest(images, held).mean()) for images in shown]
+    fids = [None if held is None or fid_weights is None else fid(images, held, fid_weights) for images in shown]
+    return Evaluation(
+        sampler=name, steps=steps, samples=samples, reward_before=float(rewards[name].mean()),
+        reward_best_untuned=float(rewards[best].mean()), best_untuned=best, reward_after=float(ended.mean()),
+        gain=float(gain.mean), gain_se=float(gain.stderr), path_kl=float(kl.mean), path_kl_se=float(kl.stderr),
+        frechet_in="the judging classifier's features", frechet_before=away[name], frechet_best_untuned=away[nearer],
+        frechet_best_untuned_by=nearer, frechet_after=frechet(Moments.of(seen_after), real), fid_before=fids[0],
+        fid_after=fids[1], diversity_before=diversity(seen[name]), diversity_after=diversity(seen_after),
+        classes_before=histogram(before[name]), classes_after=histogram(after), nearest_before=copies[0],
+        nearest_after=copies[1],
+        untuned={by: {"reward": float(r.mean()), "frechet": away[by]} for by, r in rewards.items()},
+        grid_samples=grid_samples, grid=rows,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def rewarded(reward: Reward, images: Tensor, batch: int = 64) -> Tensor:
+    """(n,), in float64."""
+    return torch.cat([ask(reward, part, [NO_PROMPT] * len(part)).double().cpu() for part in images.split(batch)])
+
+
+def _gains(before: Tensor, after: Tensor, reward: Reward) -> dict[str, float]:
+    """Means before and after, of paired differences, and Frechet distances."""
+    first, last = (rewarded(reward, images) for images in (before, after))
+    gain, real = Estimate.of(last - first), Moments.embedded()
+    return {
+        "reward_before": float(first.mean()), "reward_after": float(last.mean()), "reward_gain": float(gain.mean),
+        "reward_gain_se": float(gain.stderr), "frechet_before": frechet(Moments.of(features(before)), real),
+        "frechet_after": frechet(Moments.of(features(after)), real),
+    }  # fmt: skip

@@ -1,0 +1,452 @@
+"""What the commands that fine-tune have in common, whatever the model: from `scale.settings.Tuning` to `ctrl.fit`, and
+what a run leaves.
+
+    s = settings_of(Settings, arguments, {}, __doc__)        # the command line, over a file, over the class's own
+    accelerator = accelerator_of(s)
+    task = ...                                               # a `Task`, made of the parts below and a model's own
+    begin(s, task, accelerator, "mine")                      # the folder, config.json, the trackers
+    history = learn(s, task, accelerator, Watch(s, accelerator, draw))
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import diffusers
+import torch
+import transformers
+import tyro
+import yaml
+from accelerate import Accelerator, InitProcessGroupKwargs
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ctrl import Solver, checkpoint
+from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
+from ctrl.fields import check_fields
+from ctrl.fit import Callback, Conditions, Run, fit
+from ctrl.fit import Settings as FitSettings
+from ctrl.guards import Guards
+from ctrl.problem import ScoreAsAction
+from ctrl.stops import RunFailed
+from ctrl.value import Critic
+from scale import report
+from scale.rewards import Patient, Reward, reward_of
+from scale.samplers import BlackBox, sampler
+from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
+
+S = TypeVar("S", bound=Tuning)
+
+# ------------------------------------------------------------------------------------------ the parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What `ctrl.fit` is handed. The learner is the policy, or for q-learning the policy and its noise."""
+
+    problem: ScoreAsAction
+    policy: nn.Module
+    learner: nn.Module
+    algorithm: Algorithm
+    critic: Critic | None
+    conditions: Conditions | None
+    fit: FitSettings
+
+
+def algorithm_of(s: Tuning, noisy: bool) -> Algorithm:
+    """By name, with its options, within a KL budget if there is one."""
+    made = ALGORITHMS[s.algorithm]()
+    for option in s.options:
+        made = changed(made, *option.partition("=")[::2])
+    if not noisy and isinstance(made, ActorCritic):
+        made = dataclasses.replace(made, nats=math.inf)  # without noise there is no KL to keep within
+    return made if s.kl is None else KLBudget(made, s.kl)
+
+
+def changed(what: Any, name: str, value: str) -> Any:
+    """A dataclass with one number changed, `part.name` for one of a part's."""
+    first, _, rest = name.partition(".")
+    now = {f.name: getattr(what, f.name) for f in dataclasses.fields(what)}
+    if rest and dataclasses.is_dataclass(now.get(first)):
+        return dataclasses.replace(what, **{first: changed(now[first], rest, value)})
+    if rest or not isinstance(now.get(name), int | float):
+        numbers = [n for n, v in now.items() if isinstance(v, int | float)]
+        raise ValueError(f"options: {type(what).__name__} has {', '.join(numbers)}, got {name!r}")
+    kind, given = type(now[name]), _plain(value)
+    if kind is float and type(given) is int:
+        given = float(given) if abs(given) < 2**53 else math.inf
+    if type(given) is not kind:
+        what_it_is = "true or false" if kind is bool else "a number"
+        raise ValueError(f"options: {name} must be {what_it_is}, as in {name}={now[name]}, got {value!r}")
+    return dataclasses.replace(what, **{name: given})
+
+
+def _plain(text: str) -> Any:
+    """What YAML makes of it; 1e-5 without a point, which is text to YAML, is a number."""
+    with suppress(yaml.YAMLError):
+        found = yaml.safe_load(text)
+        if isinstance(found, str):
+            with suppress(ValueError):
+                return float(found)
+        return found
+    return text
+
+
+def solver_of(s: Tuning, pipeline: DiffusionPipeline) -> Solver:
+    """The core's own, or one of diffusers' under the pipeline's schedule."""
+    if s.solver.startswith(BOXED):
+        return sampler(s.solver.removeprefix(BOXED), pipeline)
+    return SOLVERS[s.solver]()
+
+
+def eta_of(s: Tuning, solver: Solver) -> float:
+    """The process's noise: none where the solver is a black box that draws none."""
+    return 0.0 if isinstance(solver, BlackBox) and not solver.noisy else s.eta
+
+
+def optimizer_of(s: Tuning) -> Callable[..., torch.optim.Optimizer]:
+    """Adam with SD's usual weight decay, in 8 bits if asked for."""
+    kind = torch.optim.AdamW
+    if s.eight_bit:
+        try:
+            from bitsandbytes.optim import AdamW8bit as kind
+        except ImportError as missing:
+            raise ValueError("eight_bit needs bitsandbytes: pip install bitsandbytes") from missing
+    return lambda parameters, lr: kind(parameters, lr=lr, weight_decay=1e-4)
+
+
+def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
+    """How `ctrl.fit` makes the run; a black box has times of its own."""
+    box = solver if isinstance(solver, BlackBox) else None
+    return FitSettings(
+        epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else GRIDS[s.grid],
+        jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, reward_lr=s.reward_lr,
+        optimizer=optimizer_of(s), ema=s.ema, batch=s.batch, micro_batch=s.micro_batch, seed=s.seed, out=s.out,
+        checkpoint_every=s.checkpoint_every, keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
+        patience=s.patience, mismatch=s.mismatch,
+    )  # fmt: skip
+
+
+def learner_of(s: Tuning, problem: ScoreAsAction, policy: nn.Module) -> nn.Module:
+    """The policy, which q-learning gives a noise."""
+    return GaussianNetwork(problem, policy) if s.algorithm == "q-learning" else policy
+
+
+def rewards_of(s: Tuning, given: Reward | None = None, other: str | None = None) -> dict[str, Reward]:
+    """The one that is trained on, first, and the one that is looked at. given: a function in place of `s.reward`."""
+
+    def patient(reward: Reward, name: str | None) -> Reward:
+        return Patient(reward, s.reward_retries, s.reward_timeout, name)
+
+    first = patient(given, None) if given else patient(reward_of(s.reward, s.reward_python), s.reward)
+    if other is None:
+        return {"reward": first}
+    return {"reward": first, "other": patient(reward_of(other, s.reward_python), other)}
+
+
+def differentiable(s: Tuning, reward: Reward) -> bool:
+    """Whether the reward has a gradient; raise where the algorithm needs one and it has none."""
+    found = bool(getattr(reward, "differentiable", False))
+    if s.algorithm == "adjoint-matching" and not found:
+        raise ValueError(
+            f"reward {s.reward} has no gradient, which adjoint-matching needs: take --algorithm actor-critic --options"
+        )
+    return found
+
+
+def guards_of(s: Tuning) -> Guards:
+    """What is warned of."""
+    kl = math.inf if s.max_kl is None else s.max_kl
+    return Guards(kl=kl, diversity=s.min_diversity, stop=s.stop_on_collapse)
+
+
+# ------------------------------------------------------------------------------------------ what can be wrong
+
+
+def check(s: Tuning) -> Algorithm:
+    """Raise at what can be wrong without a model or a reward; the algorithm with its options, without a KL budget."""
+    s.check_places()
+    s.check_resumed()
+    if not (s.resume or s.overwrite) and any(checkpoint.folders(folder) for folder in (s.out, s.out / "critic")):
+        raise ValueError(
+            f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
+        )
+    if s.log_with == "wandb" and find_spec("wandb") is None:
+        raise ValueError("log_with wandb needs wandb: pip install wandb")
+    return algorithm_of(dataclasses.replace(s, kl=None), True)
+
+
+def check_timesteps(pipeline: DiffusionPipeline, **steps: Sequence[int]) -> None:
+    """Raise unless each of the settings named is at most the timesteps that the model was trained on."""
+    most = len(pipeline.scheduler.betas)
+    for name, asked in steps.items():
+        if any(n > most for n in asked):
+            raise ValueError(f"{name} must be at most the model's {most} timesteps, got {max(asked)}")
+
+
+def needs(s: Tuning, *, weights: int, trained: int, reference: int, calls: int, besides: str) -> str:
+    """Memory of what is kept for every weight, and network calls.
+
+    Args:
+        weights, trained, reference: how many the UNet has, are trained, and the untuned UNet holds on the device.
+        calls: of the UNet in a call of the policy.
+        besides: what is in memory too.
+    """
+    bytes_of = {
+        "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
+        "untuned weights": 4 * reference, "average": 4 * weights if s.ema else 0,
+    }  # fmt: skip
+    memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in bytes_of.items() if size)
+    drawing = s.samples * s.steps * SOLVERS.get(s.solver, SOLVERS["ddim"])().calls * calls
+    disk = (bytes_of["weights"] + bytes_of["optimiser"] + bytes_of["average"]) * (s.keep_checkpoints + 2)
+    return (
+        f"# memory: {memory}; {sum(bytes_of.values()) / 2**30:.2f} GiB. Besides: activations of {s.micro_batch} nodes, "
+        f"{besides} and the trajectories in store\n"
+        f"# disk: {disk / 2**30:.2f} GiB for {s.keep_checkpoints} checkpoints, the best and one that is being written\n"
+        f"# an epoch: {s.samples} pictures, {drawing} evaluations of the UNet to draw them, and in learning several "
+        f"times as many; {s.epochs} epochs, {s.epochs * s.samples} pictures"
+    )
+
+
+# ------------------------------------------------------------------------------------------ a run
+
+
+LEFT = (
+    "checkpoints", "metrics.jsonl", "not-finite", "critic", "pictures", "samples", "pipeline", "evaluation.json",
+    "report.html", "config.json",
+)  # fmt: skip
+"""What a run writes in its folder, besides its tracker's events and what is its command's own."""
+
+
+def accelerator_of(s: Tuning) -> Accelerator:
+    """Processes, precision and trackers. The main process says what is trained: to load it takes a while."""
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
+    accelerator = Accelerator(
+        mixed_precision=None if s.precision == "no" else s.precision,
+        log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out, kwargs_handlers=[patience],
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        embedded = s.model == str(s.embedded.with_suffix(""))
+        why = " (there is no CUDA; --model names another)" if embedded and not torch.cuda.is_available() else ""
+        print(f"model: {s.model}{why}")
+    return accelerator
+
+
+def begin(s: Tuning, task: Task, accelerator: Accelerator, name: str, left: Sequence[str] = ()) -> None:
+    """Make the folder, with config.json, and the trackers, which keep their events in OUT/name; every process calls it.
+    left: what the command writes besides LEFT, and overwrites."""
+    if accelerator.is_main_process:
+        s.out.mkdir(parents=True, exist_ok=True)
+        if s.overwrite:
+            checkpoint.delete(s.out, (*LEFT, name, *left))
+        part = s.out / "config.part"
+        part.write_text(json.dumps(s.plain(), indent=2) + "\n")
+        os.replace(part, s.out / "config.json")
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        weights = list(task.policy.parameters())
+        every, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
+        print(f"{trained / 1e6:.2f} M of {every / 1e6:.2f} M weights, by {s.algorithm} on {s.reward}, in {s.out}")
+    if s.log_with != "none":
+        accelerator.init_trackers(name, {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
+
+
+def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback) -> list[dict[str, Any]]:
+    """The critic alone, if it is to come first, then all; the learner's weights are the averaged ones, if there are
+    any. The metrics of every epoch."""
+    began = time.monotonic()
+    if s.pretrain:
+        pretrain(s, task, accelerator)
+    left = None if s.max_hours is None else max(s.max_hours - (time.monotonic() - began) / 3600, 1e-9)
+    result = fit(
+        task.problem, task.learner, task.algorithm, critic=task.critic, conditions=task.conditions,
+        settings=dataclasses.replace(task.fit, max_hours=left), callbacks=[*callbacks, guards_of(s)],
+        resume=s.resume, accelerator=accelerator,
+    )  # fmt: skip
+    if result.ema is not None:
+        task.learner.load_state_dict(result.ema.state_dict())
+    return result.history
+
+
+def pretrain(s: Tuning, task: Task, accelerator: Accelerator) -> None:
+    """The critic regresses on the rewards of the untuned model's pictures: Monte Carlo, nothing else moves."""
+    given = dataclasses.replace(s, kl=None)
+    algorithm = algorithm_of(given, not task.problem.noiseless)
+    like = algorithm if isinstance(algorithm, ActorCritic) else ActorCritic(nats=math.inf)
+    alone = dataclasses.replace(like, actor_updates=0, trace=0.0)
+    settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
+    fit(
+        task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
+        resume=s.resume, accelerator=accelerator,
+    )  # fmt: skip
+
+
+class Watch:
+    """After every epoch: metrics to the trackers, and now and then a grid of pictures; one at once, of a new run.
+
+    Args:
+        draw: pictures in [0, 1], (SHOWN, 3, H, W), from the same noise every time; of STEPS steps.
+    """
+
+    SHOWN, STEPS = 16, 25
+
+    def __init__(self, s: Tuning, accelerator: Accelerator, draw: Callable[[], Tensor]) -> None:
+        self.s, self.accelerator, self.draw = s, accelerator, draw
+        if s.pictures_every and accelerator.is_main_process and not (s.out / "pictures").exists():
+            self.show(0)
+
+    def __call__(self, run: Run, metrics: dict[str, Any]) -> None:
+        self.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
+        if self.s.pictures_every and metrics["epoch"] % self.s.pictures_every == 0 and run.accelerator.is_main_process:
+            self.show(metrics["epoch"])
+
+    def show(self, epoch: int) -> None:
+        """To the folder and to the trackers."""
+        grid = report.grid(self.draw())
+        report.keep(grid, self.s.out / "pictures" / f"epoch-{epoch:06d}.png")
+        if self.s.log_with != "none":
+            options = {"dataformats": "NHWC"} if self.s.log_with == "tensorboard" else {}
+            tracker = self.accelerator.get_tracker(self.s.log_with)
+            tracker.log_images({"pictures": report.array(grid)[None]}, step=epoch, **options)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run leaves, in Python; `evaluation`, the command's own, is of the main process alone."""
+
+    pipeline: DiffusionPipeline
+    evaluation: Any
+    history: list[dict[str, Any]]
+    out: Path
+
+
+# ------------------------------------------------------------------------------------------ after training
+
+
+def settings_of_run(kind: type[S], run: Path) -> S:
+    """As its folder has them."""
+    if not (run / "config.json").is_file():
+        raise ValueError(f"run: {run} has no config.json: is it the folder of a run?")
+    return kind.read(run / "config.json")
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """What a run gained, against the model it began with. Leave out to keep what the run was made with."""
+
+    limits: ClassVar[dict[str, str]] = {"samples": ">= 2", "grid_samples": ">= 2"}
+
+    run: Path
+    """The run's folder."""
+    reward: str | None = None
+    """As in training."""
+    samples: int | None = None
+    """Pictures for each figure of the headline."""
+    grid_samples: int | None = None
+    """Pictures for each figure in the grid."""
+    samplers: tuple[str, ...] | None = None
+    """Of the grid."""
+    steps: tuple[int, ...] | None = None
+    """Of the grid."""
+    out: Path | None = None
+    """Where evaluation.json goes; by default the run's folder."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.limits)
+
+    def over(self, s: S, **others: Any) -> S:
+        """A run's settings, with what is asked for here, and others that a command has, unless they are None."""
+        changes = {
+            "reward": self.reward, "eval_samples": self.samples, "eval_grid_samples": self.grid_samples,
+            "eval_samplers": self.samplers, "eval_steps": self.steps, **others,
+        }  # fmt: skip
+        return dataclasses.replace(s, **{k: v for k, v in changes.items() if v is not None})
+
+
+@dataclass(frozen=True)
+class Export:
+    """The pipeline of a run as it was at a checkpoint, of one that was stopped, or went on for too long."""
+
+    run: Path
+    """The run's folder."""
+    epoch: int | None = None
+    """Of the checkpoint; by default the best of those kept, by reward less beta KL."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, {"epoch": ">= 1"})
+
+
+def chosen(o: Export, beta: float) -> Path:
+    """The checkpoint's folder."""
+    kept = {int(folder.name.removeprefix("epoch-")): folder for folder in checkpoint.folders(o.run)}
+    if not kept or o.epoch not in (None, *kept):
+        raise ValueError(f"epoch must be that of a checkpoint in {o.run}: {', '.join(map(str, kept)) or 'it has none'}")
+    lines = (o.run / "metrics.jsonl").read_text().splitlines()
+    history = [json.loads(line) for line in lines[: max(kept)]]
+    folder = kept[o.epoch or max(kept, key=lambda epoch: checkpoint.merit(kept[epoch], history, beta))]
+    if fault := checkpoint.broken(folder):
+        raise ValueError(f"epoch: {folder} is not whole: {fault}")
+    return folder
+
+
+def unet_weights(folder: Path) -> dict[str, Tensor]:
+    """The UNet's in a checkpoint, averaged if they were."""
+    average = folder / "ema.safetensors"
+    weights = load_file(average if average.exists() else folder / "model.safetensors")
+    inner = {k.removeprefix("mean."): v for k, v in weights.items()}  # q-learning's policy has the score for its mean
+    return {k.removeprefix("unet."): v for k, v in inner.items() if k.startswith("unet.")}
+
+
+# ------------------------------------------------------------------------------------------ the command line
+
+
+def _split(word: str) -> list[str]:
+    name, equals, value = word.partition("=")
+    return [name, value] if equals and name.startswith("--") else [word]
+
+
+def settings_of(kind: type[S], arguments: list[str], apart: Mapping[str, Mapping[str, Any]], doc: str) -> S:
+    """From the command line, over a file (`--config`), over what suits the machine: without CUDA, the embedded model.
+
+    apart: by a setting's name, what goes with the embedded one and not with another.
+    """
+    file, arguments = None, [part for word in arguments for part in _split(word)]
+    named = {word for word in arguments if word.startswith("--")}
+    if "--config" in arguments:
+        at = arguments.index("--config")
+        if at + 1 == len(arguments):
+            raise ValueError("config must name a file")
+        file = Path(arguments[at + 1])
+        arguments = arguments[:at] + arguments[at + 2 :]
+    elif not torch.cuda.is_available() and "--model" not in named:
+        file = kind.embedded
+    default = kind() if file is None else kind.read(file)
+    if file == kind.embedded:
+        for name, others in apart.items():
+            default = dataclasses.replace(default, **others) if f"--{name}" in named else default
+    return tyro.cli(kind, args=arguments, default=default, description=doc)
+
+
+def run_command(main: Callable[[list[str]], Any]) -> None:
+    """main(arguments); what was asked for wrongly, or failed, is said in a line, and in full if DEBUG is set."""
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # scale.models says what is wrong with a model
+    try:
+        main(sys.argv[1:])
+    except (ValueError, RunFailed) as wrong:
+        if os.environ.get("DEBUG"):
+            raise
+        sys.exit(str(wrong))

@@ -1,0 +1,276 @@
+"""scale/tuning.py and `scale.settings.Tuning`: what every command that fine-tunes has, shown on one of its own."""
+
+import html.parser
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import save_file
+
+from ctrl import DDIM, Heun, checkpoint
+from ctrl.algorithms import NextValue, PPOPenalty, TDForm
+from ctrl.guards import Guards
+from scale import report, tuning
+from scale.samplers import BlackBox
+from scale.settings import EMBEDDED, FREE, LIMITS, Settings, Tuning
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Tuning):
+    """Another command's settings."""
+
+    limits: ClassVar[dict[str, str]] = {**LIMITS, "classes": ">= 1"}
+    free: ClassVar[frozenset[str]] = FREE | {"said"}
+    embedded: ClassVar[Path] = Path("not_there.yaml")
+
+    model: str = "mine"
+    reward: str = "jpeg-compressibility"
+    out: Path = Path("runs/mine")
+    epochs: int = 3
+    classes: int = 10
+    """Of pictures."""
+    said: str = ""
+    rate: float | None = None
+
+    def conflicts(self):
+        return super().conflicts() | {"classes must be 10 for ddpo": self.algorithm == "ddpo" and self.classes != 10}
+
+
+@pytest.fixture
+def pipeline():
+    return DDPMPipeline(torch.nn.Identity(), DDPMScheduler(num_train_timesteps=100))
+
+
+# settings
+
+
+def test_a_field_of_ones_own_is_read_and_written(tmp_path):
+    (tmp_path / "mine.yaml").write_text("classes: 7\nrate: 1e-5\neval_steps: [3, 4]\nprecision: no\n")
+    s = Mine.read(tmp_path / "mine.yaml")
+    assert s == Mine(classes=7, rate=1e-5, eval_steps=(3, 4)) and s.epochs == 3
+    (tmp_path / "again.json").write_text(json.dumps(s.plain()))
+    assert Mine.read(tmp_path / "again.json") == s
+    assert Mine(model="embedded").model == "not_there" and Settings(model="embedded").model == str(
+        EMBEDDED.with_suffix("")
+    )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"classes": 0}, "classes must be >= 1"),
+        ({"classes": "ten"}, "classes must be an integer, got 'ten'"),
+        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"reward_lr": -1.0}, "reward_lr must be >= 0"),
+        ({"classes": 9, "algorithm": "ddpo", "solver": "ddim"}, "classes must be 10 for ddpo"),
+        ({"resume": True, "overwrite": True}, "take one"),
+        (
+            {"algorithm": "next-value", "solver": "heun"},
+            "algorithm next-value needs the density of a step: take solver",
+        ),
+        ({"algorithm": "next-value", "solver": "diffusers/ddim"}, "needs the density of a step"),
+        ({"algorithm": "adjoint-matching", "pretrain": 1}, "which has no critic"),
+    ],
+    ids=str,
+)
+def test_a_field_of_ones_own_is_checked_beside_the_others(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Mine(**changes)
+
+
+def test_a_file_of_another_command_is_refused(tmp_path):
+    (tmp_path / "sd.yaml").write_text("guidance: 3.0\n")
+    with pytest.raises(ValueError, match=r"must be one of .*, got 'guidance'"):
+        Mine.read(tmp_path / "sd.yaml")
+
+
+def test_a_run_goes_on_with_the_same_but_for_what_is_free(tmp_path):
+    """A config.json from before a setting was thought of serves too."""
+    old = Mine(out=tmp_path, classes=7).plain()
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in old.items() if k != "reward_lr"}))
+    Mine(out=tmp_path, classes=7, said="now", batch=2, eval_samples=2, resume=True).check_resumed()
+    for changes in ({"classes": 8}, {"classes": 7, "reward_lr": 0.1}):
+        with pytest.raises(ValueError, match=r"is .*, and was .* in .*: resume with the same"):
+            Mine(out=tmp_path, resume=True, **changes).check_resumed()
+    assert tuning.settings_of_run(Mine, tmp_path) == Mine(out=tmp_path, classes=7)
+    with pytest.raises(ValueError, match=r"has no config\.json"):
+        tuning.settings_of_run(Mine, tmp_path / "nowhere")
+
+
+def test_the_command_line_has_the_last_word(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(Mine, "embedded", tmp_path / "small.yaml")
+    (tmp_path / "small.yaml").write_text("model: embedded\nclasses: 7\noptions: [nodes=8]\n")
+    apart = {"algorithm": {"options": ()}}
+
+    def read(*arguments):
+        return tuning.settings_of(Mine, list(arguments), apart, "what it does")
+
+    assert read() == Mine(model=str(tmp_path / "small"), classes=7, options=("nodes=8",))
+    assert read("--model", "other", "--classes=5") == Mine(model="other", classes=5)
+    assert read("--algorithm", "ppo").options == () and read("--epochs", "4").options == ("nodes=8",)
+    (tmp_path / "mine.yaml").write_text("classes: 6\nsaid: a\n")
+    assert read("--config", str(tmp_path / "mine.yaml"), "--said=b=c") == Mine(classes=6, said="b=c")
+    with pytest.raises(ValueError, match="config must name a file"):
+        read("--config")
+    with pytest.raises(SystemExit):
+        read("--help")
+    said = capsys.readouterr().out
+    assert "what it does" in said and "Of pictures." in said and "Learning rate of the critic." in said
+
+
+def test_an_evaluation_has_the_runs_settings_but_for_what_is_asked(tmp_path):
+    s = Mine(eval_samples=8, eval_steps=(3,), classes=7)
+    asked = tuning.Evaluate(tmp_path, samples=4, samplers=("euler",))
+    assert asked.over(s, classes=None, said="b") == Mine(
+        eval_samples=4, eval_samplers=("euler",), eval_steps=(3,), classes=7, said="b"
+    )
+    assert tuning.Evaluate(tmp_path, reward="x", steps=(), grid_samples=2).over(s) == Mine(
+        reward="x", eval_samples=8, eval_steps=(), eval_grid_samples=2, classes=7
+    )
+    with pytest.raises(ValueError, match="grid_samples must be >= 2"):
+        tuning.Evaluate(tmp_path, grid_samples=1)
+
+
+# the parts
+
+
+@pytest.mark.parametrize("name, kind", [("td-form", TDForm), ("next-value", NextValue), ("ppo", PPOPenalty)])
+def test_options_reach_a_part(name, kind):
+    made = tuning.algorithm_of(Mine(algorithm=name, options=("nodes=8", "evaluation.critic_updates=2")), True)
+    assert isinstance(made, kind) and (made.nodes, made.evaluation.critic_updates) == (8, 2)
+    assert made.evaluation.actor_updates == kind().evaluation.actor_updates
+    with pytest.raises(ValueError, match="options: ActorCritic has critic_updates"):
+        tuning.algorithm_of(Mine(algorithm=name, options=("evaluation.magic=2",)), True)
+
+
+def test_a_box_has_its_own_times_and_its_own_noise(pipeline):
+    s = Mine(solver="diffusers/ddim", reward_lr=0.3, steps=10)
+    box = tuning.solver_of(s, pipeline)
+    made = tuning.fit_settings(s, box)
+    assert isinstance(box, BlackBox) and (made.grid, made.jitter, made.reward_lr) == (box.grid, 0.0, 0.3)
+    noisy = tuning.solver_of(Mine(solver="diffusers/sde-dpmsolver++"), pipeline)
+    assert (tuning.eta_of(s, box), tuning.eta_of(s, noisy), tuning.eta_of(Mine(eta=0.5), DDIM())) == (0.0, 1.0, 0.5)
+    own = tuning.fit_settings(Mine(jitter=0.2), tuning.solver_of(Mine(solver="heun"), pipeline))
+    assert isinstance(own.solver, Heun) and own.jitter == 0.2 and own.epochs == 3
+
+
+def test_a_model_has_only_so_many_timesteps(pipeline):
+    tuning.check_timesteps(pipeline, steps=(100,), eval_steps=())
+    with pytest.raises(ValueError, match="eval_steps must be at most the model's 100 timesteps, got 101"):
+        tuning.check_timesteps(pipeline, steps=(100,), eval_steps=(3, 101))
+
+
+def test_the_reward_that_is_trained_on_comes_first():
+    found = tuning.rewards_of(Mine(reward_retries=2), other="jpeg-incompressibility")
+    assert list(found) == ["reward", "other"] and found["reward"].retries == 2
+    assert [reward.__name__ for reward in found.values()] == ["jpeg-compressibility", "jpeg-incompressibility"]
+
+    def mine(images, prompts, metadata):
+        return images.mean((1, 2, 3))
+
+    (only,) = tuning.rewards_of(Mine(), mine).values()
+    assert only.__name__ == "mine" and not tuning.differentiable(Mine(), only)
+    with pytest.raises(ValueError, match="has no gradient, which adjoint-matching needs"):
+        tuning.differentiable(Mine(algorithm="adjoint-matching"), only)
+    mine.differentiable = True
+    assert tuning.differentiable(Mine(algorithm="adjoint-matching"), only)
+
+
+def test_what_is_warned_of():
+    assert tuning.guards_of(Mine()) == Guards(diversity=0.5)
+    assert tuning.guards_of(Mine(max_kl=2.0, stop_on_collapse=True)) == Guards(kl=2.0, diversity=0.5, stop=True)
+
+
+# a run
+
+
+def test_a_folder_with_a_run_is_not_written_over(tmp_path):
+    (tmp_path / "critic" / "checkpoints" / "epoch-000001").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds a run already"):
+        tuning.check(Mine(out=tmp_path))
+    assert tuning.check(Mine(out=tmp_path, resume=True, kl=1.0)) == tuning.algorithm_of(Mine(), True)
+    tuning.check(Mine(out=tmp_path, overwrite=True))
+
+
+def test_what_an_earlier_run_left_goes_and_the_settings_are_kept(tmp_path, capsys):
+    for name in ("checkpoints", "mine", "report.html", "extra", "notes"):
+        (tmp_path / name).mkdir()
+    s = Mine(out=tmp_path, overwrite=True, log_with="none", algorithm="td-form")
+    task = tuning.Task(problem=None, policy=torch.nn.Linear(3, 2), learner=None, algorithm=None, critic=None,
+                       conditions=None, fit=None)  # fmt: skip
+    task.policy.bias.requires_grad_(False)
+    accelerator = tuning.accelerator_of(s)
+    tuning.begin(s, task, accelerator, "mine", left=("extra",))
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "notes"]
+    assert Mine.read(tmp_path / "config.json") == s
+    said = capsys.readouterr().out
+    assert "model: mine\n" in said and "0.00 M of 0.00 M weights, by td-form on jpeg-compressibility" in said
+
+
+def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
+    for epoch in (1, 2, 3):
+        folder = tmp_path / "checkpoints" / f"epoch-{epoch:06d}"
+        folder.mkdir(parents=True)
+        save_file(
+            {"mean.unet.w": torch.full((1,), float(epoch)), "mean.other": torch.zeros(1)}, folder / "model.safetensors"
+        )
+        (folder / checkpoint.PROGRESS).write_text("{}")
+        (folder / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest(folder)))
+    lines = [json.dumps({"reward": reward, "kl": kl}) for reward, kl in ((1.0, 0.0), (2.0, 5.0), (0.5, 0.0))]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert tuning.chosen(tuning.Export(tmp_path), 0.1).name == "epoch-000002"
+    assert tuning.chosen(tuning.Export(tmp_path), 1.0).name == "epoch-000001"
+    assert tuning.unet_weights(tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)) == {"w": torch.tensor([3.0])}
+    save_file({"unet.w": torch.tensor([9.0])}, tmp_path / "checkpoints" / "epoch-000003" / "ema.safetensors")
+    assert tuning.unet_weights(tmp_path / "checkpoints" / "epoch-000003") == {"w": torch.tensor([9.0])}
+    (tmp_path / "checkpoints" / "epoch-000003" / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(ValueError, match="is not whole"):
+        tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)
+
+
+def test_an_error_of_a_users_is_a_line(monkeypatch):
+    def wrong(arguments):
+        raise ValueError(f"{arguments} will not do")
+
+    monkeypatch.setattr("sys.argv", ["mine.py", "that"])
+    monkeypatch.delenv("DEBUG", raising=False)
+    with pytest.raises(SystemExit, match=r"\['that'\] will not do"):
+        tuning.run_command(wrong)
+    monkeypatch.setenv("DEBUG", "1")
+    with pytest.raises(ValueError, match="will not do"):
+        tuning.run_command(wrong)
+
+
+# the report
+
+
+def test_a_report_of_what_there_is(tmp_path):
+    """No prompts, no grid of samplers; what is empty is left out, and text is text."""
+    sections = {
+        "Pictures": report.pictures({"before": torch.rand(3, 3, 8, 8)}) + report.paragraph("a < b"),
+        "Training": report.curves([]), "Samplers": report.samplers([]), "Settings": report.listed(Mine().plain()),
+    }  # fmt: skip
+    report.html(tmp_path / "report.html", "mine <yours>", "gain 1\nkl 2", sections)
+    seen = []
+
+    class Reader(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            seen.append(tag)
+
+        def handle_data(self, data):
+            seen.append(data)
+
+    Reader().feed((tmp_path / "report.html").read_text())
+    assert [seen[i + 1] for i, tag in enumerate(seen) if tag in ("h1", "h2")] == [
+        "mine <yours>",
+        "Pictures",
+        "Settings",
+    ]
+    assert "a < b" in seen and "gain 1" in seen and seen.count("img") == 1
