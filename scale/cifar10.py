@@ -177,6 +177,13 @@ def drawn_data(s: Settings, pictures: data.Pictures) -> Callable[[Tensor], Tenso
     return of
 
 
+def energy_of(s: Settings) -> StandIn:
+    """Minus the energy, of pictures in [-1, 1]; it tells some from others from the beginning."""
+    made = StandIn(3, width=s.critic_width)
+    made.tower.last.reset_parameters()
+    return made
+
+
 class LearnedReward:
     """The energy, as a reward of pictures in [0, 1]."""
 
@@ -219,9 +226,8 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
     if s.offload_reference:
         cpu_offload(reference.unet, execution_device=accelerator.device)
     torch.manual_seed(s.seed)  # of the first weights of energy and critic
-    reward: Any = StandIn(3, width=s.critic_width) if learned else Decoded(
-        None, shown, differentiable=differentiable, chunk=s.batch
-    )  # fmt: skip
+    given_one = Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
+    reward: Any = energy_of(s) if learned else given_one
     task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
     algorithm = tuning.algorithm_of(s, eta > 0)
     if learned:

@@ -1,0 +1,296 @@
+"""scale/cifar10.py: a run from its command to a pipeline that diffusers loads, pretraining, and what it refuses."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file
+
+from ctrl import checkpoint
+from scale import cifar10, pixels
+from scale.cifar10 import Evaluate, Sample, Settings, evaluate_run, export, main, sample, train
+from scale.pretrain import Pretrain, batch_of, factor, loss_of, pretrain
+from scale.tuning import Export
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Untrained, of 8 x 8 pictures."""
+    path = tmp_path_factory.mktemp("cifar10") / "model"
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=8,
+        attention_head_dim=8, down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    noising = DDPMScheduler(variance_type="fixed_small", prediction_type="v_prediction", timestep_spacing="trailing")
+    DDPMPipeline(unet, noising).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder of 8 x 8 pictures."""
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("data")
+    for i, pixels_ in enumerate(np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)):
+        Image.fromarray(pixels_).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """And accelerate, which has one precision a process, begins anew."""
+    torch.set_default_dtype(torch.float32)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def short(folder, run, **changes):
+    """Two epochs of four pictures."""
+    plain = {
+        "model": str(folder), "reward": "cifar10-class=ship", "epochs": 2, "samples": 4, "steps": 4, "lr": 1e-3,
+        "batch": 64, "micro_batch": 64, "out": run, "eval_samples": 6, "eval_grid_samples": 4,
+        "eval_samplers": ("ddim",), "eval_steps": (5,), "critic_width": 8, "pictures_every": 1,
+        "options": ("nodes=8", "critic_updates=1", "actor_updates=1", "keep=1"),
+    }  # fmt: skip
+    return Settings(**{**plain, **changes})
+
+
+@pytest.fixture(scope="module")
+def run(model, pictures, tmp_path_factory):
+    """A run on the energy, and its outcome."""
+    torch.set_default_dtype(torch.float32)
+    return train(short(model, tmp_path_factory.mktemp("runs") / "run", reward="energy", data=pictures))
+
+
+def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run):
+    """By diffusers' own call, as it was trained: ancestral sampling."""
+    alone = DDPMPipeline.from_pretrained(run.out / "pipeline")
+    alone.set_progress_bar_config(disable=True)
+    rngs = [torch.Generator().manual_seed(pixels.SEED + i) for i in range(6)]
+    shown = alone(batch_size=6, generator=rngs, num_inference_steps=4, output_type="np").images
+    drawn = pixels.draw(run.pipeline, range(6), "ancestral", 4)
+    assert torch.equal(drawn, torch.from_numpy(shown).permute(0, 3, 1, 2))
+    found = json.loads((run.out / "evaluation.json").read_text())
+    assert found["path_kl"] > 0 and found["gain_se"] > 0 and found["samples"] == 6
+    assert set(found["untuned"]) == set(pixels.SAMPLERS)
+    assert found["reward_best_untuned"] == max(row["reward"] for row in found["untuned"].values())
+    assert found["gain"] == pytest.approx(found["reward_after"] - found["reward_best_untuned"], abs=1e-6)
+    assert found["frechet_best_untuned"] == min(row["frechet"] for row in found["untuned"].values())
+    assert sum(found["classes_after"]) == pytest.approx(1) and found["nearest_after"] > 0
+    assert found["fid_after"] is None  # no Inception network
+    assert [(row["sampler"], row["steps"]) for row in found["grid"]] == [("ddim", 5)]
+
+
+def test_the_energy_is_learned_and_kept(run, model, pictures):
+    """It moves, the policy moves, and a checkpoint has it."""
+    (folder, *_) = sorted((run.out / "checkpoints").iterdir())
+    states = sorted(f.name for f in folder.glob("*.safetensors"))
+    assert "model_2.safetensors" in states
+    assert float(load_file(folder / "model_2.safetensors")["tower.last.weight"].abs().max()) > 0
+    untuned = pixels.load(str(model)).unet.state_dict()
+    assert any(not torch.equal(v, untuned[k]) for k, v in run.pipeline.unet.state_dict().items())
+    assert all("reward_loss" in epoch for epoch in run.history)
+
+
+def test_what_a_run_leaves_besides(run):
+    assert Settings.read(run.out / "config.json").reward == "energy"
+    assert [f.name for f in sorted((run.out / "pictures").iterdir())] == [f"epoch-{n:06d}.png" for n in range(3)]
+    assert (run.out / "report.html").stat().st_size > 1e4
+    card = (run.out / "pipeline" / "README.md").read_text()
+    assert "DDPMPipeline" in card and run.evaluation.summary() in card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"algorithm": "td-form", "options": ("nodes=8", "evaluation.critic_updates=1")},
+        {"algorithm": "next-value", "options": ("nodes=8", "evaluation.critic_updates=1")},
+        {"algorithm": "ddpo", "options": ("nodes=8",)},
+        {"algorithm": "adjoint-matching", "options": ("nodes=8", "updates=1"), "ema": 0.5},
+        {"critic": "structured", "solver": "2m", "grid": "log-snr", "jitter": 0.3, "precision": "bf16"},
+        {"reward": "jpeg-compressibility", "critic": "structured", "pretrain": 1},
+        {"solver": "diffusers/dpmsolver++", "gradient_checkpointing": True},
+    ],
+    ids=lambda changes: changes.get("algorithm") or changes.get("solver") or changes["reward"],
+)  # fmt: skip
+def test_every_form_trains(model, tmp_path, changes):
+    outcome = train(short(model, tmp_path / "run", epochs=1, eval_steps=(), **changes))
+    assert outcome.history[-1]["policy_grad_norm"] > 0
+
+
+def test_a_run_that_is_gone_on_with_is_the_run(run, model, pictures, tmp_path):
+    """The energy's weights and Adam's moments included."""
+    s = short(model, tmp_path / "run", reward="energy", data=pictures, checkpoint_every=1)
+    halted = RuntimeError("halted")
+
+    def halt(pipeline, *rest):
+        raise halted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cifar10, "save", halt)
+        with pytest.raises(RuntimeError, match="halted"):
+            train(s)
+    newest = max((tmp_path / "run" / "checkpoints").iterdir())
+    (newest / checkpoint.MANIFEST).unlink()  # a crash in the middle of it: epoch 1 serves
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.warns(UserWarning, match="epoch-000002 is passed over"):
+        resumed = train(dataclasses.replace(s, resume=True))
+    for name, v in run.pipeline.unet.state_dict().items():
+        assert torch.equal(v, resumed.pipeline.unet.state_dict()[name]), name
+    assert resumed.history[-1]["reward"] == run.history[-1]["reward"]
+
+
+def test_sample_evaluate_and_export(run, tmp_path, capsys):
+    out = sample(Sample(run=run.out, n=3, out=tmp_path / "drawn"))
+    assert sorted(f.name for f in out.iterdir()) == ["0000.png", "0001.png", "0002.png", "grid.png"]
+    with pytest.raises(ValueError, match="the energy of a run is not kept"):
+        evaluate_run(Evaluate(run=run.out))
+    found = evaluate_run(Evaluate(run=run.out, reward="cifar10-class=cat", samples=5, out=tmp_path))
+    assert found.samples == 5 and (tmp_path / "evaluation.json").is_file()
+    before = load_file(run.out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    export(Export(run=run.out, epoch=2))
+    after = load_file(run.out / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"reward": "energy"}, "data must be given for reward energy"),
+        ({"download": True}, "data must be given with download"),
+        ({"steps": 3}, "steps must be at least 4"),
+        ({"solver": "heun", "algorithm": "next-value"}, "next-value needs the density of a step"),
+        ({"eval_samplers": ("heun",)}, "sampler must be one of|ancestral"),
+        ({"energy_updates": 0}, "energy_updates must be >= 1"),
+    ],
+)
+def test_wrong_settings_say_so(model, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        short(model, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"steps": 1001}, "steps must be at most the model's 1000 timesteps"),
+        ({"reward": "cifar10-class=boat"}, "cifar10-class needs a class"),
+        ({"reward": "nosuch"}, "nosuch"),
+        ({"reward": "energy", "options": ("keep=2",)}, "must keep one epoch"),
+        ({"reward": "jpeg-compressibility", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),
+        ({"model": "nobody/nothing"}, "cannot be had"),
+    ],
+)
+def test_wrong_tasks_say_so(model, pictures, tmp_path, changes, message):
+    """Before a folder is made."""
+    with pytest.raises(ValueError, match=message):
+        train(short(model, tmp_path / "run", data=pictures, **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_pictures_of_another_size_are_refused(model, tmp_path):
+    from PIL import Image
+
+    (tmp_path / "d").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "d" / "a.png")
+    with pytest.raises(ValueError, match=r"are 9 x 9, those of .* 8 x 8"):
+        train(short(model, tmp_path / "run", data=tmp_path / "d"))
+
+
+def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
+    main(["--model", str(model), "--dry-run", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert "timesteps" in said and "evaluations of the UNet" in said and not (tmp_path / "run").exists()
+
+
+def test_data_are_drawn_by_sample(model, pictures):
+    """The same for an id whatever its company, all of them in turn, half of them flipped."""
+    s = short(model, "runs", data=pictures, reward="energy")
+    held = cifar10.data.read(pictures)
+    of = cifar10.drawn_data(s, held)
+    ids = torch.arange(400)
+    found = of(ids)
+    assert torch.equal(of(ids[7:9]), found[7:9])
+    plain = held.batch(torch.arange(24))
+    index = torch.stack([(plain - x).abs().sum((1, 2, 3)).argmin() for x in found])
+    straight = sum(bool(torch.equal(plain[i], x)) for i, x in zip(index, found, strict=True))
+    z = (straight - 200) / 10
+    assert abs(z) < 5
+
+
+# ------------------------------------------------------------------------------------------ pretraining
+
+
+def small(pictures, out, **changes):
+    """A few steps."""
+    plain = {"data": pictures, "out": out, "channels": (8, 16), "attention_at": 4, "steps": 6, "batch": 8,
+             "checkpoint_every": 3}  # fmt: skip
+    return Pretrain(**{**plain, **changes})
+
+
+def test_a_model_is_pretrained_and_gone_on_with(pictures, tmp_path):
+    """What comes out loads in diffusers' own pipeline; an interrupted run is the run."""
+    whole = pretrain(small(pictures, tmp_path / "whole"))
+    s = small(pictures, tmp_path / "parts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scale.pretrain.batch_of", lambda p, s, step: batch_of(p, s, step) if step < 4 else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            pretrain(s)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ValueError, match="is there already"):
+        pretrain(s)
+    parts = pretrain(dataclasses.replace(s, resume=True))
+    for name, v in whole.unet.state_dict().items():
+        assert torch.equal(v, parts.unet.state_dict()[name]), name
+    assert json.loads((tmp_path / "whole" / "recipe.json").read_text())["recipe"]["steps"] == 6
+    pixels.load(str(tmp_path / "whole"))
+    own = DDPMPipeline.from_pretrained(tmp_path / "whole")
+    own.set_progress_bar_config(disable=True)
+    assert own(batch_size=2, num_inference_steps=3, output_type="np").images.shape == (2, 8, 8, 3)
+
+
+def test_the_loss_is_min_snr_of_v():
+    """Of a model that says v = 0: its expectation is the mean of min(snr, 5)/(snr + 1), for data and noise of unit
+    variance; of the truth, none."""
+    kept = DDPMScheduler(num_train_timesteps=50).alphas_cumprod.double()
+    rng = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(5000, 3, 2, 2, generator=rng, dtype=torch.float64) for _ in range(2))
+    shift = torch.tensor(0.5)
+    found = loss_of(lambda x, k, return_dict: (torch.zeros_like(x),), kept, x0, shift, noise, times=50)
+    snr = kept / (1 - kept)
+    assert float(found.mean()) == pytest.approx(
+        float((snr.clamp(max=5) / (snr + 1)).mean()), abs=5 * float(found.std()) / 5000**0.5
+    )
+
+    def truth(x, k, return_dict):
+        a, s = kept[k].sqrt()[:, None, None, None], (1 - kept[k]).sqrt()[:, None, None, None]
+        return (a * noise - s * (x - s * noise) / a,)
+
+    assert float(loss_of(truth, kept, x0, shift, noise, times=50).abs().max()) < 1e-9
+
+
+def test_the_learning_rate_rises_stays_and_falls():
+    rate = factor(1000)
+    assert rate(0) == pytest.approx(0.05) and rate(19) == 1 == rate(800)
+    assert rate(900) == pytest.approx(0.5) and rate(999) == pytest.approx(0.005)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"channels": (8, 12)}, "multiples of 8"), ({"steps": 0}, "steps must be >= 1"), ({"ema": 1.0}, "ema must be")],
+)
+def test_wrong_recipes_say_so(pictures, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(pictures, tmp_path, **changes)
+
+
+def test_a_picture_that_cannot_be_halved_is_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match="cannot be halved 4 times"):
+        pretrain(small(pictures, tmp_path / "m", channels=(8,) * 5))
