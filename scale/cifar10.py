@@ -226,8 +226,7 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
     if s.offload_reference:
         cpu_offload(reference.unet, execution_device=accelerator.device)
     torch.manual_seed(s.seed)  # of the first weights of energy and critic
-    given_one = Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
-    reward: Any = energy_of(s) if learned else given_one
+    reward: Any = energy_of(s) if learned else Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
     task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
     algorithm = tuning.algorithm_of(s, eta > 0)
     if learned:
