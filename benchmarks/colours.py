@@ -14,6 +14,8 @@ COLOURS = {
     "policy-iteration": "#661100",
     "ppo": "#56B4E9",
     "adjoint-matching": "#009E73",
+    "td-form": "#56B4E9",
+    "next-value": "#CC79A7",
     "ddpo": "#D55E00",
     "ddpo-maruyama": "#F0A000",
     "ddpo-euler": "#D55E00",

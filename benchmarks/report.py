@@ -60,6 +60,25 @@ def carried_out(work: Callable[..., Any], cases: Sequence[tuple[Any, ...]], work
             raise
 
 
+def kept(
+    work: Callable[..., Any], jobs: Sequence[Any], store: Path, workers: int, *, done: bool = False
+) -> dict[Any, Any]:
+    """What work(job, STORE) left in STORE/{job.key}.json for each job. Where the file is there it is not done again;
+    with `done` none is."""
+    store.mkdir(parents=True, exist_ok=True)
+    files = {job: store / f"{job.key}.json" for job in jobs}
+    missing = [] if done else [job for job in jobs if not files[job].exists()]
+    carried_out(work, [(job, store) for job in missing], workers, len(jobs))
+    return {job: json.loads(file.read_text()) for job, file in files.items() if file.exists()}
+
+
+def leave(row: Any, store: Path, key: str) -> None:
+    """STORE/{key}.json, in one move."""
+    part = store / f"{key}.part"
+    part.write_text(json.dumps(row))
+    os.replace(part, store / f"{key}.json")
+
+
 def number(row: Row, name: str) -> float:
     """A cell that holds a number."""
     value = row[name]

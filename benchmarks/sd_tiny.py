@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, carried_out, number, table, write
+from benchmarks.report import Options, Row, kept, leave, number, table, write
 from scale import sd15
 from scale.settings import EMBEDDED, Settings
 
@@ -138,9 +138,7 @@ def run(job: Job, store: Path) -> None:
         "seconds": time.process_time() - began, "evaluation": json.loads((out / "evaluation.json").read_text()),
         "curve": [[s.pretrain * s.samples + m["trajectories"], m["reward"], m.get("kl")] for m in found.history],
     }  # fmt: skip
-    part = store / f"{job.key}.part"
-    part.write_text(json.dumps(row))
-    os.replace(part, store / f"{job.key}.json")
+    leave(row, store, job.key)
     shutil.rmtree(out / "checkpoints")
 
 
@@ -151,15 +149,6 @@ def jobs_of(o: SDTinyOptions) -> list[Job]:
         return [Job(*case, 1000, o.images, o.quick, lr) for case in cases for lr in RATES]
     seeds, images = (1, 24) if o.quick else (o.seeds, o.images)
     return [Job(*case, o.seed + seed, images, o.quick) for seed in range(seeds) for case in cases]
-
-
-def carry_out(jobs: Sequence[Job], store: Path, workers: int, done: bool) -> dict[Job, Any]:
-    """From their files where they were done before."""
-    store.mkdir(parents=True, exist_ok=True)
-    files = {job: store / f"{job.key}.json" for job in jobs}
-    missing = [] if done else [job for job in jobs if not files[job].exists()]
-    carried_out(run, [(job, store) for job in missing], workers, len(jobs))
-    return {job: json.loads(file.read_text()) for job, file in files.items() if file.exists()}
 
 
 def smoothed(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -236,7 +225,7 @@ def draw(runs: dict[Job, Any], rows: Sequence[Row]) -> Figure:
 def main(o: SDTinyOptions) -> None:
     """Train, print, write."""
     began = time.perf_counter()
-    runs = carry_out(jobs_of(o), o.out / f"{NAME}.runs", o.jobs, o.done)
+    runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
     if not runs:
         raise ValueError(f"done: there are no runs in {o.out / f'{NAME}.runs'} yet; leave --done out to make them")
     if o.tune:

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 import ctrl.algorithms
 from benchmarks import algorithms, discretization_error, faults, report, rollout, sd_tiny
+from benchmarks import cifar10 as forms
 from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
 from ctrl.stops import RunFailed
-from scale import rewards, sd15, settings, tuning
+from scale import cifar10, rewards, sd15, settings, tuning
+from scale.pretrain import Pretrain
 from scale.prompts import Prompt
 
 ANYTHING = st.recursive(
@@ -32,12 +34,15 @@ ALGORITHMS = [
 ]  # fmt: skip
 BENCHMARKS = [
     algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options, rollout.Options,
-    sd_tiny.SDTinyOptions,
+    sd_tiny.SDTinyOptions, forms.CIFAROptions,
 ]  # fmt: skip
-SETTINGS = [fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, *ALGORITHMS, *BENCHMARKS]
+SETTINGS = [
+    fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, cifar10.Settings, cifar10.Evaluate,
+    cifar10.Sample, Pretrain, *ALGORITHMS, *BENCHMARKS,
+]  # fmt: skip
 NEEDED = {
     "Evaluate": {"run": Path("run")}, "Sample": {"run": Path("run")},
-    "Export": {"run": Path("run")},
+    "Export": {"run": Path("run")}, "CIFAROptions": {"data": Path("data")},
     "InverseRL": {"algorithm": ctrl.algorithms.ActorCritic(), "data": torch.zeros_like},
     "KLBudget": {"algorithm": ctrl.algorithms.ActorCritic(), "nats": 1.0},
 }  # fmt: skip

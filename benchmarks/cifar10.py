@@ -1,0 +1,240 @@
+"""On the embedded CIFAR-10 model as a sampler of ten steps: which form of the update learns the data's energy best?
+
+DxMI's loop (arXiv 2406.19464): energy, value and sampler in turn (`ctrl.algorithms.InverseRL`). The sampler's update is
+the gradient form <grad V, B a> (actor-critic), the TD form, DxMI's own next value, or DDPO; each from the same
+settings, in as many pictures, its learning rate from the same search (`--tune`). `--data` is a folder of CIFAR-10.
+
+    frechet         between the judging classifier's features of JUDGED new pictures and of the training data's, not FID
+    best untuned    the least of the untuned model's by any sampler at ten steps: ancestral, DDIM, DPM-Solver++, UniPC
+
+Runs are kept in OUT/cifar10.runs, so that an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+
+from benchmarks.colours import COLOURS
+from benchmarks.report import Options, Row, kept, leave, number, table, write
+from scale import cifar10, pixels, tuning
+from scale.cifar10 import Settings
+from scale.classifiers import Moments, diversity, features, frechet, histogram
+from scale.diffusion import Score, pictures_of
+from scale.evaluate import nats
+
+NAME = "cifar10"
+METHODS: dict[str, dict[str, Any]] = {
+    "actor-critic": {"options": ("nodes=128", "critic_updates=20", "actor_updates=4", "keep=1", "nats=1")},
+    "td-form": {"options": ("nodes=128", "updates=4", "evaluation.critic_updates=20", "evaluation.nodes=128")},
+    "next-value": {"options": ("nodes=128", "updates=4", "evaluation.critic_updates=20", "evaluation.nodes=128")},
+    "ddpo": {"options": ("nodes=160", "passes=1")},
+}
+RATES = (3e-5, 1e-4, 3e-4)
+"""Of the search."""
+RATE = {"actor-critic": 1e-4, "td-form": 1e-4, "next-value": 1e-4, "ddpo": 1e-4}
+"""What the search found."""
+WINDOW = 8
+"""Epochs whose pictures make one point of the curve."""
+
+
+@dataclass(frozen=True)
+class CIFAROptions(Options):
+    """What this benchmark can be asked for."""
+
+    data: Path | None = None
+    """CIFAR-10 in any of its layouts."""
+    method: tuple[str, ...] = tuple(METHODS)
+    """actor-critic, td-form, next-value, ddpo."""
+    seeds: int = 3
+    """Runs of each, with seeds 0, 1, ..."""
+    images: int = 1280
+    """Drawn in each run."""
+    judged: int = 2000
+    """Pictures that are judged at the end of each."""
+    tune: bool = False
+    """Try the learning rates, with one seed that is not among the others, instead."""
+    done: bool = False
+    """Only the table and the figure of the runs that are there."""
+    jobs: int = os.cpu_count() or 1
+    """Runs at a time, each on one thread."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if unknown := [name for name in self.method if name not in METHODS]:
+            raise ValueError(f"method must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
+        if self.data is None and not self.done:
+            raise ValueError("data must be given: --data FOLDER with CIFAR-10, whose energy is learned")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run; without a method, the untuned model by every sampler."""
+
+    method: str | None
+    seed: int
+    images: int
+    judged: int
+    data: Path | None
+    lr: float | None = None
+
+    @property
+    def key(self) -> str:
+        """Its file's name."""
+        tail = "" if self.lr is None else f"-{self.lr:g}"
+        return f"{self.method or 'untuned'}-{self.seed}-{self.images}-{self.judged}{tail}"
+
+    def settings(self, out: Path) -> Settings:
+        """The embedded model's, with what is the method's own."""
+        assert self.method is not None
+        s = Settings.read(Settings.embedded)
+        return replace(
+            s, reward=cifar10.ENERGY, data=self.data, seed=self.seed, out=out, log_with="none", pictures_every=0,
+            algorithm=self.method, lr=RATE[self.method] if self.lr is None else self.lr,
+            epochs=self.images // s.samples, **METHODS[self.method],
+        )  # fmt: skip
+
+
+def run(job: Job, store: Path) -> None:
+    """Train, judge, and leave a file."""
+    torch.set_num_threads(1)
+    if job.method is None:
+        untuned = pixels.load(str(Settings.embedded.with_suffix("")))
+        steps = Settings.read(Settings.embedded).steps
+        leave({name: judged(pixels.draw(untuned, range(job.judged), name, steps)) for name in pixels.SAMPLERS},
+              store, job.key)  # fmt: skip
+        return
+    out = store / f"{job.key}.run"
+    shutil.rmtree(out, ignore_errors=True)
+    began, s = time.process_time(), job.settings(out)
+    accelerator, seen = tuning.accelerator_of(s), Seen()
+    task = cifar10.assemble(s, None, accelerator)
+    tuning.begin(s, task, accelerator, NAME)
+    history = tuning.learn(s, task, accelerator, seen)
+    seconds, last = time.process_time() - began, history[-1]
+    images = pixels.draw(task.pipeline, range(job.judged), s.eval_sampler, s.steps, s.batch)
+    kl = nats(task.problem, Score.of(task.pipeline), lambda ids: None, 128, 25, s.batch)
+    row = {**judged(images), "path_kl": float(kl.mean), "seconds": seconds, "network_calls": last["network_calls"],
+           "curve": seen.curve}  # fmt: skip
+    leave(row, store, job.key)
+    shutil.rmtree(out / "checkpoints")
+
+
+class Seen:
+    """A callback: the Frechet distance of the last WINDOW epochs' pictures."""
+
+    def __init__(self) -> None:
+        self.features: list[Tensor] = []
+        self.curve: list[tuple[int, float]] = []
+
+    def __call__(self, run: Any, metrics: dict[str, Any]) -> None:
+        self.features.append(features(pictures_of(None, run.replay.batches[-1].trajectory.x[-1])))
+        if len(self.features) >= WINDOW:
+            found = Moments.of(torch.cat(self.features[-WINDOW:]))
+            self.curve.append((metrics["trajectories"], frechet(found, Moments.embedded())))
+
+
+def judged(images: Tensor) -> dict[str, Any]:
+    """What is said of pictures."""
+    found = features(images)
+    return {"frechet": frechet(Moments.of(found), Moments.embedded()), "diversity": diversity(found),
+            "largest_class": max(histogram(images))}  # fmt: skip
+
+
+def jobs_of(o: CIFAROptions) -> list[Job]:
+    """All that were asked for; the untuned model first."""
+    if o.tune:
+        return [Job(name, 1000, o.images, o.judged, o.data, lr) for name in o.method for lr in RATES]
+    seeds, images, n = (1, 128, 64) if o.quick else (o.seeds, o.images, o.judged)
+    return [Job(None, 0, 0, n, None)] + [
+        Job(name, o.seed + seed, images, n, o.data) for seed in range(seeds) for name in o.method
+    ]
+
+
+def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
+    """A row a sampler of the untuned model, one a method (panel `forms`), and the curves."""
+    for job, r in runs.items():
+        if job.method is None:
+            for name, found in r.items():
+                yield {"panel": "untuned", "sampler": name, "judged": job.judged, **found}
+    for method in dict.fromkeys(job.method for job in runs if job.method):
+        group = [r for job, r in runs.items() if job.method == method]
+        found = [r["frechet"] for r in group]
+        yield {
+            "panel": "forms", "algorithm": method, "seeds": len(group),
+            "images": max(job.images for job in runs if job.method == method), "frechet": mean(found),
+            "frechet_se": stdev(found) / len(found) ** 0.5 if len(found) > 1 else None,
+            **{name: mean(r[name] for r in group)
+               for name in ("path_kl", "diversity", "largest_class", "network_calls", "seconds")},
+        }  # fmt: skip
+    for job, r in runs.items():
+        for images, value in r["curve"] if job.method else ():
+            yield {"panel": "curve", "algorithm": job.method, "seed": job.seed, "images": images, "frechet": value}
+
+
+def draw(rows: list[Row]) -> Figure:
+    """Frechet distance while training, a line a seed; and at the end, beside the untuned model by each sampler."""
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = [r for r in rows if r["panel"] == "curve"]
+    for method, seed in dict.fromkeys((str(r["algorithm"]), r["seed"]) for r in curves):
+        line = [r for r in curves if (r["algorithm"], r["seed"]) == (method, seed)]
+        label = method if seed == curves[0]["seed"] else None
+        images, distance = ([number(r, name) for r in line] for name in ("images", "frechet"))
+        left.plot(images, distance, color=COLOURS[method], linewidth=1.2, label=label)
+    left.set(xlabel="pictures drawn", ylabel=f"Frechet distance, last {WINDOW} epochs")
+    left.legend(frameon=False)
+    ends = [r for r in rows if r["panel"] in ("untuned", "forms")]
+    names = [str(r["sampler"] if r["panel"] == "untuned" else r["algorithm"]) for r in ends]
+    for i, (row, name) in enumerate(zip(ends, names, strict=True)):
+        right.errorbar(number(row, "frechet"), i, xerr=float(row.get("frechet_se") or 0), marker="o", capsize=2,
+                       color=COLOURS.get(name, "#777777"))  # fmt: skip
+    right.set_yticks(range(len(ends)), labels=[f"{n}, untuned" if n in pixels.SAMPLERS else n for n in names])
+    right.set(xlabel="Frechet distance at the end (± s.e. over seeds)")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    return figure
+
+
+def main(o: CIFAROptions) -> None:
+    """Train, print, write."""
+    began = time.perf_counter()
+    runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
+    if not runs:
+        raise ValueError(f"done: there are no runs in {o.out / f'{NAME}.runs'} yet; leave --done out to make them")
+    if o.tune:
+        rows: list[Row] = [
+            {"algorithm": j.method, "lr": j.lr, "frechet": r["frechet"], "path_kl": r["path_kl"]}
+            for j, r in runs.items()
+        ]
+        print(table(rows, list(rows[0])))
+        print("->", write(NAME, o, rows, began, part="tuning"))
+        return
+    rows = list(summarise(runs))
+    for panel in ("untuned", "forms"):
+        shown = [r for r in rows if r["panel"] == panel]
+        print(table(shown, [name for name in shown[0] if name != "panel"]) if shown else f"no {panel}")
+    path = write(NAME, o, rows, began)
+    draw(rows).savefig(path.with_suffix(".png"), dpi=150)
+    print(f"-> {path}, {path.with_suffix('.png').name}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(CIFAROptions, description=__doc__))
+    except ValueError as wrong:
+        sys.exit(str(wrong))
