@@ -11,8 +11,10 @@ but for those of `METHODS`, the learning rate of each from the same search (`--t
                           of following
 
 Training rewards are means over the last SMOOTH epochs. `images_to` is how many pictures were drawn until that mean was
-at DDPO's final one, the mean over its seeds; `kept` the gain over samplers and steps (rows of the panel `samplers`)
-relative to that of the headline sampler. Runs are kept in OUT/sd_tiny.runs, so that an interrupted run goes on.
+at DDPO's final one, the mean over its seeds; `kept` the mean gain over samplers and steps (rows of the panel `samplers`)
+relative to that of DDIM with as many steps as in training, on the same pictures. The panel `half` has the
+continuous-time methods again, in runs of half the pictures: what is to be held against DDPO's gain from all of them.
+Runs are kept in OUT/sd_tiny.runs, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
@@ -106,6 +108,8 @@ class Job:
     images: int
     quick: bool
     lr: float | None = None
+    half: bool = False
+    """Of the pictures, and of those that a critic is pretrained on."""
 
     @property
     def key(self) -> str:
@@ -118,6 +122,8 @@ class Job:
         s = replace(Settings.read(EMBEDDED), seed=self.seed, out=out, log_with="none", pictures_every=0,
                     **REWARDS[self.reward])  # fmt: skip
         s = replace(s, **METHODS[self.method], lr=RATE[self.reward, self.method] if self.lr is None else self.lr)
+        if self.half:
+            s = replace(s, pretrain=s.pretrain // 2)
         if self.lr is not None:  # what the methods are compared on is not what they are tuned on
             s = replace(s, eval_prompts=s.prompts, eval_steps=())
         if self.quick:
@@ -148,7 +154,8 @@ def jobs_of(o: SDTinyOptions) -> list[Job]:
     if o.tune:
         return [Job(*case, 1000, o.images, o.quick, lr) for case in cases for lr in RATES]
     seeds, images = (1, 24) if o.quick else (o.seeds, o.images)
-    return [Job(*case, o.seed + seed, images, o.quick) for seed in range(seeds) for case in cases]
+    whole = [Job(*case, o.seed + seed, images, o.quick) for seed in range(seeds) for case in cases]
+    return whole + [replace(job, images=images // 2, half=True) for job in whole if job.method != "ddpo"]
 
 
 def smoothed(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
@@ -156,8 +163,14 @@ def smoothed(curve: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
     return [(curve[i][0], mean(r for _, r, _ in curve[max(0, i - SMOOTH + 1) : i + 1])) for i in range(len(curve))]
 
 
-def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
-    """One row a reward and method: the panel `learning`."""
+def kept_of(grid: Sequence[dict[str, Any]]) -> float:
+    """The mean gain over an evaluation's grid, relative to that by DDIM at the fewest steps, those of training."""
+    first = min((row for row in grid if row["sampler"] == "ddim"), key=lambda row: row["steps"])
+    return mean(row["reward_gain"] for row in grid) / first["reward_gain"]
+
+
+def summarise(runs: dict[Job, Any], panel: str) -> Iterator[Row]:
+    """One row a reward and method: the panel `learning`, or `half`."""
     for reward, method in dict.fromkeys((job.reward, job.method) for job in runs):
         level = [smoothed(r["curve"])[-1][1] for j, r in runs.items() if (j.reward, j.method) == (reward, "ddpo")]
         group = [r for j, r in runs.items() if (j.reward, j.method) == (reward, method)]
@@ -167,14 +180,14 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         gains, n = [f["gain"] for f in found], len(found)
         spread = stdev(gains) / n**0.5 if n > 1 else found[0]["gain_se"]
         yield {
-            "panel": "learning", "reward": reward, "algorithm": method, "seeds": n, "images": group[0]["curve"][-1][0],
+            "panel": panel, "reward": reward, "algorithm": method, "seeds": n, "images": group[0]["curve"][-1][0],
             "images_to": None if None in to else mean(v for v in to if v is not None),
             "before": found[0]["reward_before"], "gain": mean(gains), "gain_se": spread,
             "path_kl": mean(f["path_kl"] for f in found), "other_before": found[0]["other_before"],
             "other_after": mean(f["other_after"] for f in found),
             "diversity_before": found[0]["diversity_before"],
             "diversity_after": mean(diverse) if diverse else None,
-            "kept": mean(mean(row["reward_gain"] for row in f["grid"]) / f["gain"] for f in found),
+            "kept": mean(kept_of(f["grid"]) for f in found),
             "seconds": mean(r["seconds"] for r in group),
         }  # fmt: skip
 
@@ -236,11 +249,13 @@ def main(o: SDTinyOptions) -> None:
         print(table(rows, list(rows[0])))
         print("->", write(NAME, o, rows, began, part="tuning"))
         return
-    learning, samplers = list(summarise(runs)), list(by_sampler(runs))
-    print(table(learning, [name for name in learning[0] if name != "panel"]))
+    whole, half = ({job: r for job, r in runs.items() if job.half == is_half} for is_half in (False, True))
+    learning = [*summarise(whole, "learning"), *summarise(half, "half")]
+    samplers = list(by_sampler(whole))
+    print(table(learning, list(learning[0])))
     print(table(samplers, [name for name in samplers[0] if name != "panel"]))
-    path = write(NAME, o, [*learning, *samplers, *curves(runs)], began)
-    draw(runs, [*learning, *samplers]).savefig(path.with_suffix(".png"), dpi=150)
+    path = write(NAME, o, [*learning, *samplers, *curves(whole)], began)
+    draw(whole, samplers).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 
 
