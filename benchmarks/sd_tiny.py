@@ -11,8 +11,8 @@ but for those of `METHODS`, the learning rate of each from the same search (`--t
                           of following
 
 Training rewards are means over the last SMOOTH epochs. `images_to` is how many pictures were drawn until that mean was
-at DDPO's final one, the mean over its seeds; `kept` the mean gain over samplers and steps (rows of the panel `samplers`)
-relative to that of DDIM with as many steps as in training, on the same pictures. The panel `half` has the
+at DDPO's final one, the mean over its seeds; `kept` the mean gain over samplers and steps (rows of the panel
+`samplers`) relative to that of DDIM with as many steps as in training, on the same pictures. The panel `half` has the
 continuous-time methods again, in runs of half the pictures: what is to be held against DDPO's gain from all of them.
 Runs are kept in OUT/sd_tiny.runs, so that an interrupted run goes on.
 """

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -437,7 +437,26 @@ def settings_of(kind: type[S], arguments: list[str], apart: Mapping[str, Mapping
     if file == kind.embedded:
         for name, others in apart.items():
             default = dataclasses.replace(default, **others) if f"--{name}" in named else default
-    return tyro.cli(kind, args=arguments, default=default, description=doc)
+    return tyro.cli(kind, args=arguments, default=default, description=f"{doc}\n{_more()}")
+
+
+def _more() -> str:
+    """What `--help` has no line for."""
+    options = [
+        f"    {name:18}" + " ".join(f"{k}={v}" for k, v in _numbers(kind())) for name, kind in ALGORITHMS.items()
+    ]
+    first = "--config FILE reads settings from YAML or JSON; the command line goes over them."
+    return "\n".join([first, "", "--options, with their defaults:", *options])
+
+
+def _numbers(what: Any, part: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers of a dataclass, and of its parts, by the names that `changed` takes."""
+    for f in dataclasses.fields(what):
+        value = getattr(what, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from _numbers(value, f"{part}{f.name}.")
+        elif isinstance(value, int | float):
+            yield f"{part}{f.name}", value
 
 
 def run_command(main: Callable[[list[str]], Any]) -> None:

@@ -274,3 +274,15 @@ def test_a_report_of_what_there_is(tmp_path):
         "Settings",
     ]
     assert "a < b" in seen and "gain 1" in seen and seen.count("img") == 1
+
+
+def test_help_names_the_file_and_every_option(capsys):
+    """Each with its default, by a name that `--options` takes."""
+    with pytest.raises(SystemExit):
+        tuning.settings_of(Settings, ["--help"], {}, "What it does.")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--config FILE" in said and "What it does." in said
+    assert "evaluation.critic_updates=12" in said
+    for name, option in (("actor-critic", "keep=16"), ("ddpo", "clip=0.2"), ("adjoint-matching", "lean=True")):
+        assert option in said
+        tuning.algorithm_of(Mine(algorithm=name, options=(option.replace("True", "true"),), solver="ddim"), True)
