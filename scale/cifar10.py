@@ -20,6 +20,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 from ctrl import NetworkCritic, Noise, StructuredCritic
 from ctrl.algorithms import InverseRL
 from ctrl.fields import check_fields, one_of
+from ctrl.noise import INITIAL, PATH
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import data, pixels, report, tuning
@@ -42,7 +44,7 @@ from scale.diffusion import Decoded, Score, StandIn, Value, problem
 from scale.pixels import Evaluation
 from scale.pretrain import Pretrain, pretrain
 from scale.rewards import Reward, terms
-from scale.settings import ASSETS, FREE, LEARN_VALUES, LIMITS, Tuning
+from scale.settings import ALGORITHMS, ASSETS, FREE, LEARN_VALUES, LIMITS, Tuning
 
 ENERGY = "energy"
 """The reward that is learned."""
@@ -112,7 +114,7 @@ class Settings(Tuning):
 
     def check_sampler(self, name: str) -> None:
         """Raise unless the evaluation can draw by it."""
-        one_of("sampler", name, pixels.SAMPLERS)
+        one_of("eval_sampler", name, pixels.SAMPLERS)
 
     def conflicts(self) -> dict[str, bool]:
         """Those of all, and of data."""
@@ -155,9 +157,7 @@ def pictures_of(s: Settings, pipeline: DDPMPipeline) -> data.Pictures | None:
     """What `data` has, of the model's size."""
     if s.data is None:
         return None
-    if s.download:
-        data.download(s.data)
-    found, size = data.read(s.data), pipeline.unet.config.sample_size
+    found, size = data.read_or_download(s.data, s.download), pipeline.unet.config.sample_size
     if found.pixels.shape[-2:] != (size, size):
         raise ValueError(
             f"data: the pictures of {s.data} are {found.pixels.shape[-1]} x {found.pixels.shape[-2]}, those of "
@@ -166,13 +166,15 @@ def pictures_of(s: Settings, pipeline: DDPMPipeline) -> data.Pictures | None:
     return found
 
 
-def drawn_data(s: Settings, pictures: data.Pictures) -> Callable[[Tensor], Tensor]:
-    """One picture for each sample id, at random and flipped at random."""
-    noise = Noise(s.seed + 2)
+def drawn_data(s: Settings, score: Score, pictures: data.Pictures) -> Callable[[Tensor], Tensor]:
+    """One picture for each sample id, at random, flipped at random, and noised to s_min, as samples end there."""
+    noise, end = Noise(s.seed + 2), torch.tensor(score.s_min)
+    alpha, sigma = score.noising.alpha(end), score.noising.sigma(end)
 
     def of(ids: Tensor) -> Tensor:
-        u, flip = noise.uniform(ids.cpu(), (2,)).unbind(1)
-        return pictures.batch((u * len(pictures)).long(), flip < 0.5).to(ids.device)
+        u, flip = noise.uniform(ids.cpu(), (2,), INITIAL).unbind(1)
+        x = pictures.batch((u * len(pictures)).long(), flip < 0.5)
+        return (alpha * x + sigma * noise.normal(ids.cpu(), x.shape[1:], PATH).to(x)).to(ids.device)
 
     return of
 
@@ -206,21 +208,37 @@ def critic_of(s: Settings, task: ScoreAsAction, differentiable: bool) -> Critic:
     return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width=s.critic_width))
 
 
-def check(s: Settings) -> None:
+def inner(s: Settings) -> Settings:
+    """Beside a reward that is learned an algorithm keeps one epoch, unless it is told otherwise."""
+    keeps = any(f.name == "keep" for f in dataclasses.fields(ALGORITHMS[s.algorithm]))
+    return dataclasses.replace(s, options=("keep=1", *s.options)) if keeps else s
+
+
+def check(s: Settings, given: Reward | None = None) -> None:
     """What can be wrong without a model."""
     tuning.check(s)
-    if s.reward != ENERGY:
-        terms(s.reward)
+    if s.reward != ENERGY and given is None:
+        try:
+            terms(s.reward)
+        except ValueError as wrong:
+            raise ValueError(f"{wrong}; or {ENERGY}") from wrong
+    if s.fid_weights is not None:
+        if not s.fid_weights.is_file():
+            raise ValueError(f"fid_weights: there is no file {s.fid_weights}")
+        if find_spec("torch_fidelity") is None:
+            raise ValueError("fid_weights needs torch-fidelity: pip install torch-fidelity")
 
 
 def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Task:
     """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
-    check(s)
+    check(s, given)
     learned = s.reward == ENERGY and given is None
     shown = None if learned else tuning.rewards_of(s, given)["reward"]
     differentiable = learned or tuning.differentiable(s, shown)
     pipeline = pipeline_of(s, accelerator.device)
-    pictures, solver = pictures_of(s, pipeline), tuning.solver_of(s, pipeline)
+    with accelerator.main_process_first():
+        pictures = pictures_of(s, pipeline)
+    solver = tuning.solver_of(s, pipeline)
     policy = Score.of(pipeline)
     reference, eta = policy.frozen(), tuning.eta_of(s, solver)
     if s.offload_reference:
@@ -228,15 +246,17 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
     torch.manual_seed(s.seed)  # of the first weights of energy and critic
     reward: Any = energy_of(s) if learned else Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
     task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
-    algorithm = tuning.algorithm_of(s, eta > 0)
+    algorithm = tuning.algorithm_of(inner(s) if learned else s, eta > 0)
     if learned:
         assert pictures is not None
-        algorithm = InverseRL(algorithm, drawn_data(s, pictures), s.energy_squares, s.energy_updates)
+        algorithm = InverseRL(algorithm, drawn_data(s, policy, pictures), s.energy_squares, s.energy_updates)
     critic = critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None
     algorithm.check(task, solver, critic)
+    settings = tuning.fit_settings(s, solver)
+    settings.grid(task, s.steps)  # it may not have as many
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
-        conditions=None, fit=tuning.fit_settings(s, solver), pipeline=pipeline,
+        conditions=None, fit=settings, pipeline=pipeline,
         reward=LearnedReward(reward) if learned else shown, pictures=pictures,
     )  # fmt: skip
 
@@ -297,7 +317,7 @@ def judged(
 
 
 def save(s: Settings, pipeline: DDPMPipeline) -> None:
-    """OUT/pipeline, which diffusers draws from as it was trained: ancestral sampling from the last timestep on."""
+    """OUT/pipeline: diffusers draws from it by ancestral sampling from the last timestep on, as the defaults train."""
     kept = DDPMPipeline(pipeline.unet, pixels.scheduler("ancestral", pipeline))
     kept.save_pretrained(s.out / "pipeline")
     for file in (s.out / "pipeline").rglob("*.safetensors"):
@@ -381,8 +401,10 @@ def evaluate_run(e: Evaluate) -> Evaluation:
 
 
 def export(o: tuning.Export) -> Path:
-    """Write RUN/pipeline from a checkpoint."""
+    """Write RUN/pipeline from a checkpoint; of a run on the energy the last one, if none is named."""
     s = tuning.settings_of_run(Settings, o.run)
+    if s.reward == ENERGY and o.epoch is None:  # epochs have different rewards, and none is the best
+        o = dataclasses.replace(o, epoch=max(tuning.epochs_of(o.run), default=None))
     folder, pipeline = tuning.chosen(o, s.beta), pipeline_of(s, torch.device("cpu"))
     pipeline.unet.load_state_dict(tuning.unet_weights(folder))
     save(dataclasses.replace(s, out=o.run), pipeline)

@@ -85,9 +85,9 @@ class LogProbability:
 
 @torch.no_grad()
 def features(images: Tensor, batch: int = 256) -> Tensor:
-    """The judging classifier's last, (n, F)."""
-    judge = load("judge")
-    return torch.cat([judge.features(part) for part in images.split(batch)])
+    """The judging classifier's last, (n, F), on the CPU."""
+    judge = load("judge").to(images.device)
+    return torch.cat([judge.features(part).cpu() for part in images.split(batch)])
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ def frechet(a: Moments, b: Moments) -> float:
 @torch.no_grad()
 def histogram(images: Tensor, batch: int = 256) -> list[float]:
     """The share of pictures that the judge takes for each class: one that goes to zero, or to one, is a collapse."""
-    judge = load("judge")
-    named = torch.cat([judge(part).argmax(1) for part in images.split(batch)])
+    judge = load("judge").to(images.device)
+    named = torch.cat([judge(part).argmax(1).cpu() for part in images.split(batch)])
     return (named.bincount(minlength=10) / len(named)).tolist()
 
 

@@ -144,6 +144,17 @@ def _folder(root: Path) -> Pictures:
     return Pictures(pixels, labels, names)
 
 
+def read_or_download(folder: str | Path, wanted: bool) -> Pictures:
+    """What the folder has; CIFAR-10 is fetched to it if there is nothing yet, and it is `wanted`."""
+    try:
+        return read(folder)
+    except ValueError:
+        if not wanted:
+            raise
+    download(folder)
+    return read(folder)
+
+
 def download(folder: str | Path) -> None:
     """CIFAR-10's binary version (Krizhevsky 2009), checked by its md5 before anything of it is written."""
     root = Path(folder)

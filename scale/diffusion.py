@@ -233,6 +233,11 @@ def timesteps(task: ScoreAsAction, steps: int) -> Tensor:
     """The grid of whole timesteps at which diffusers' samplers ask (`trailing`), and the end, (N+1,)."""
     K = round(1 / task.s_min)
     s = (K - torch.arange(steps, dtype=torch.float64) * K / steps).round() / K
+    if float(s[-1]) <= task.s_min or float(s[0]) > task.s_max:
+        raise ValueError(
+            f"steps on the grid of whole timesteps must begin where there is a signal left, and end above timestep 0, "
+            f"where the process ends; {steps} of {K} do not: take fewer, or another grid"
+        )
     return torch.cat([task.s_max - s, torch.tensor([task.horizon], dtype=torch.float64)])
 
 

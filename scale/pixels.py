@@ -54,6 +54,12 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
         raise ValueError(not_there(name, wrong)) from wrong
     if not isinstance(pipeline.unet, UNet2DModel):
         raise ValueError(f"model must have a UNet2DModel; {name} has a {type(pipeline.unet).__name__}")
+    config = pipeline.unet.config
+    if (config.in_channels, config.out_channels) != (3, 3) or not isinstance(config.sample_size, int):
+        raise ValueError(
+            f"model must take and give square pictures of 3 channels; {name} takes {config.in_channels}, gives "
+            f"{config.out_channels}, of size {config.sample_size}"
+        )
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
@@ -77,6 +83,11 @@ def scheduler(name: str, pipeline: DDPMPipeline) -> Any:
     return SAMPLERS[name].from_config(config, timestep_spacing="trailing", **small)
 
 
+def generator(seed: int, i: int) -> torch.Generator:
+    """Of picture i's noise."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + i) % 2**32)
+
+
 @torch.no_grad()
 def draw(
     pipeline: DDPMPipeline, ids: Sequence[int], name: str, steps: int, batch: int = 64, seed: int = SEED
@@ -85,7 +96,7 @@ def draw(
     unet, box, found = pipeline.unet, scheduler(name, pipeline), []
     size = unet.config.sample_size
     for k in range(0, len(ids), batch):
-        rngs = [torch.Generator().manual_seed(seed + i) for i in ids[k : k + batch]]
+        rngs = [generator(seed, i) for i in ids[k : k + batch]]
         box.set_timesteps(steps)
         noise = {"generator": rngs} if name == "ancestral" else {}
         start = randn_tensor((len(rngs), 3, size, size), generator=rngs, device=unet.device, dtype=unet.dtype)
@@ -112,18 +123,17 @@ def nearest(images: Tensor, real: Tensor, batch: int = 500) -> Tensor:
     return best / flat.shape[1] ** 0.5
 
 
-def fid(images: Tensor, real: Tensor, weights: Path | None) -> float:
+def fid(images: Tensor, real: Tensor, weights: Path) -> float:
     """The Frechet Inception distance (Heusel et al. 2017, arXiv 1706.08500) by torch-fidelity, which has the original
-    TensorFlow network's weights and resizing, as published figures have them. weights: their file, or its download."""
+    TensorFlow network's weights and resizing, as published figures have them. weights: their file."""
     try:
         import torch_fidelity
     except ImportError as missing:
         raise ValueError("fid needs torch-fidelity: pip install torch-fidelity") from missing
     sets = [_Bytes(part) for part in (images, real)]
-    path = None if weights is None else str(weights)
     found = torch_fidelity.calculate_metrics(
         input1=sets[0], input2=sets[1], fid=True, cuda=torch.cuda.is_available(), verbose=False,
-        feature_extractor_weights_path=path,
+        feature_extractor_weights_path=str(weights),
     )  # fmt: skip
     return float(found["frechet_inception_distance"])
 
@@ -193,7 +203,9 @@ class Evaluation(Written):
             f"largest class {max(self.classes_before):.0%} -> {max(self.classes_after):.0%} of pictures",
         ]
         if self.nearest_after is not None:
-            lines.append(f"nearest real picture {self.nearest_before:.3g} -> {self.nearest_after:.3g} a pixel")
+            lines.append(
+                f"nearest real picture of the nearest 1 %: {self.nearest_before:.3g} -> {self.nearest_after:.3g}"
+            )
         if self.fid_after is not None:
             lines.append(f"FID, {self.samples} pictures: {self.fid_before:.4g} -> {self.fid_after:.4g}")
         return "\n".join(lines)
@@ -217,14 +229,19 @@ def evaluate(
 
     before = {by: drawn(untuned, by, steps, samples) for by in SAMPLERS}
     after = drawn(pipeline, name, steps, samples)
-    rows = [
-        {"sampler": by, "steps": n, **_gains(*(drawn(p, by, n, grid_samples) for p in (untuned, pipeline)), reward)}
-        for by, n in cells
-    ]
+    held = None if pictures is None else pictures.batch(torch.arange(len(pictures))) / 2 + 0.5
+    real = Moments.embedded() if held is None else Moments.of(features(held))
+
+    def row(by: str, n: int) -> dict[str, Any]:
+        sides = [drawn(p, by, n, grid_samples) for p in (untuned, pipeline)]
+        return {"sampler": by, "steps": n, **_gains(sides, reward, real, untuned.unet.device)}
+
+    rows = [row(by, n) for by, n in cells]
     bar.close()
-    rewards, ended = {by: rewarded(reward, images) for by, images in before.items()}, rewarded(reward, after)
+    device = untuned.unet.device
+    rewards = {by: rewarded(reward, images, device) for by, images in before.items()}
+    ended = rewarded(reward, after, device)
     seen, seen_after = {by: features(images) for by, images in before.items()}, features(after)
-    real = Moments.embedded()
     away = {by: frechet(Moments.of(f), real) for by, f in seen.items()}
     best = max(rewards, key=lambda by: float(rewards[by].mean()))
     nearer = min(away, key=lambda by: away[by])
@@ -232,14 +249,14 @@ def evaluate(
     kl = nats(task, Score.of(pipeline), lambda ids: None, min(samples, KL_SAMPLES), 25, batch)
     gain = Estimate.of(ended - rewards[best])
     shown = (before[name], after)
-    held = None if pictures is None else pictures.batch(torch.arange(len(pictures))) / 2 + 0.5
-    copies = [None if held is None else float(nearest(images, held).mean()) for images in shown]
+    copies = [None if held is None else float(nearest(images, held).quantile(0.01)) for images in shown]
     fids = [None if held is None or fid_weights is None else fid(images, held, fid_weights) for images in shown]
     return Evaluation(
         sampler=name, steps=steps, samples=samples, reward_before=float(rewards[name].mean()),
         reward_best_untuned=float(rewards[best].mean()), best_untuned=best, reward_after=float(ended.mean()),
         gain=float(gain.mean), gain_se=float(gain.stderr), path_kl=float(kl.mean), path_kl_se=float(kl.stderr),
-        frechet_in="the judging classifier's features", frechet_before=away[name], frechet_best_untuned=away[nearer],
+        frechet_in=f"the judging classifier's features, to {'CIFAR-10' if held is None else 'the data'}",
+         frechet_before=away[name], frechet_best_untuned=away[nearer],
         frechet_best_untuned_by=nearer, frechet_after=frechet(Moments.of(seen_after), real), fid_before=fids[0],
         fid_after=fids[1], diversity_before=diversity(seen[name]), diversity_after=diversity(seen_after),
         classes_before=histogram(before[name]), classes_after=histogram(after), nearest_before=copies[0],
@@ -250,17 +267,18 @@ def evaluate(
 
 
 @torch.no_grad()
-def rewarded(reward: Reward, images: Tensor, batch: int = 64) -> Tensor:
+def rewarded(reward: Reward, images: Tensor, device: torch.device, batch: int = 64) -> Tensor:
     """(n,), in float64."""
-    return torch.cat([ask(reward, part, [NO_PROMPT] * len(part)).double().cpu() for part in images.split(batch)])
+    parts = [ask(reward, part.to(device), [NO_PROMPT] * len(part)) for part in images.split(batch)]
+    return torch.cat(parts).double().cpu()
 
 
-def _gains(before: Tensor, after: Tensor, reward: Reward) -> dict[str, float]:
+def _gains(sides: Sequence[Tensor], reward: Reward, real: Moments, device: torch.device) -> dict[str, float]:
     """Means before and after, of paired differences, and Frechet distances."""
-    first, last = (rewarded(reward, images) for images in (before, after))
-    gain, real = Estimate.of(last - first), Moments.embedded()
+    first, last = (rewarded(reward, images, device) for images in sides)
+    away, after = (frechet(Moments.of(features(images)), real) for images in sides)
+    gain = Estimate.of(last - first)
     return {
         "reward_before": float(first.mean()), "reward_after": float(last.mean()), "reward_gain": float(gain.mean),
-        "reward_gain_se": float(gain.stderr), "frechet_before": frechet(Moments.of(features(before)), real),
-        "frechet_after": frechet(Moments.of(features(after)), real),
+        "reward_gain_se": float(gain.stderr), "frechet_before": away, "frechet_after": after,
     }  # fmt: skip

@@ -30,6 +30,7 @@ from ctrl.noise import INITIAL, Noise
 from scale import data, report
 
 TIMES = 1000
+PROGRESS = "progress.json"
 FALL = 0.2
 """Part of the run over which the learning rate falls."""
 LIMITS = {
@@ -105,7 +106,7 @@ def factor(steps: int) -> Callable[[int], float]:
 
 
 def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
-    """A running mean at first, then with this decay."""
+    """Over about the last ninth of what there is at first, then with this decay."""
 
     @torch.no_grad()
     def move(average: list[Tensor], new: list[Tensor], n: Tensor) -> None:
@@ -114,9 +115,8 @@ def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
     return move
 
 
-def loss_of(unet: nn.Module, kept: Tensor, x0: Tensor, shift: Tensor, noise: Tensor, times: int = TIMES) -> Tensor:
-    """min(snr, 5)/(snr + 1) |v_theta - v|², (B,), at times one in each of B equal parts, all moved by `shift`."""
-    k = ((torch.arange(len(x0), device=x0.device) + shift) * times / len(x0)).long().clamp(max=times - 1)
+def loss_of(unet: nn.Module, kept: Tensor, x0: Tensor, k: Tensor, noise: Tensor) -> Tensor:
+    """min(snr, 5)/(snr + 1) |v_theta - v|², (B,), at timesteps k, (B,); kept is alpha²."""
     a2 = kept[k][:, None, None, None]
     x, v = a2.sqrt() * x0 + (1 - a2).sqrt() * noise, a2.sqrt() * noise - (1 - a2).sqrt() * x0
     snr = kept[k] / (1 - kept[k])
@@ -125,21 +125,28 @@ def loss_of(unet: nn.Module, kept: Tensor, x0: Tensor, shift: Tensor, noise: Ten
 
 
 def batch_of(pictures: data.Pictures, s: Pretrain, step: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures, the shift of times and the noise of a step: the same whatever was drawn before."""
+    """Pictures, timesteps, one in each of B equal parts, and noise of a step, whatever was drawn before."""
     rng = torch.Generator().manual_seed(s.seed * 1_000_003 + step)
     index = torch.randint(len(pictures), (s.batch,), generator=rng)
     x0 = pictures.batch(index, torch.rand(s.batch, generator=rng) < 0.5)
-    return x0, torch.rand((), generator=rng), torch.randn(x0.shape, generator=rng)
+    k = (torch.arange(s.batch) + torch.rand((), generator=rng)) * TIMES / s.batch
+    return x0, k.long().clamp(max=TIMES - 1), torch.randn(x0.shape, generator=rng)
 
 
 def pretrain(s: Pretrain) -> DDPMPipeline:
     """Train, with checkpoints and pictures on the way, and save the pipeline in half precision."""
-    if s.download:
-        data.download(s.data)
-    pictures = data.read(s.data)
+    last = s.out / "checkpoint"
     if s.out.exists() and not s.resume:
         raise ValueError(f"out: {s.out} is there already; go on with --resume, or take another folder")
+    if s.resume and not last.is_dir():
+        raise ValueError(f"resume: {s.out} has no checkpoint to go on from")
+    progress = json.loads((last / PROGRESS).read_text()) if s.resume else {"step": 0, "seconds": 0.0}
+    check_resumed(s, progress)
     accelerator = Accelerator(mixed_precision=None if s.precision == "no" else s.precision)
+    if s.batch < accelerator.num_processes:
+        raise ValueError(f"batch must be at least one for each of {accelerator.num_processes} processes, got {s.batch}")
+    with accelerator.main_process_first():
+        pictures = data.read_or_download(s.data, s.download)
     torch.manual_seed(s.seed)
     unet, noising = unet_of(s, pictures.pixels.shape[-1]), scheduler()
     average = AveragedModel(unet, multi_avg_fn=averaging(s.ema)).to(accelerator.device)
@@ -147,17 +154,15 @@ def pretrain(s: Pretrain) -> DDPMPipeline:
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor(s.steps))
     model, optimizer = accelerator.prepare(unet, optimizer)
     accelerator.register_for_checkpointing(average, rates)
-    last = s.out / "checkpoint"
-    first, seconds = 0, 0.0
-    if s.resume and last.is_dir():
+    if s.resume:
         accelerator.load_state(last)
-        first, seconds = json.loads((last / "progress.json").read_text()).values()
-    kept, began = noising.alphas_cumprod.to(accelerator.device), time.monotonic() - seconds
+    first = progress["step"]
+    kept, began = noising.alphas_cumprod.to(accelerator.device), time.monotonic() - progress["seconds"]
+    mine = slice(accelerator.process_index, None, accelerator.num_processes)
     bar = tqdm(range(first, s.steps), "model", initial=first, total=s.steps, disable=not accelerator.is_main_process)
     for step in bar:
-        x0, shift, noise = (v.to(accelerator.device) for v in batch_of(pictures, s, step))
-        mine = slice(accelerator.process_index, None, accelerator.num_processes)
-        loss = loss_of(model, kept, x0[mine], shift, noise[mine]).mean()
+        x0, k, noise = (v[mine].to(accelerator.device) for v in batch_of(pictures, s, step))
+        loss = loss_of(model, kept, x0, k, noise).mean()
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
@@ -168,17 +173,34 @@ def pretrain(s: Pretrain) -> DDPMPipeline:
             bar.set_postfix(loss=f"{float(loss):.4f}")
         if (step + 1) % s.checkpoint_every == 0 or step + 1 == s.steps:
             keep(s, accelerator, average.module, step + 1, time.monotonic() - began)
-    return save(s, average.module, time.monotonic() - began)
+    pipeline = DDPMPipeline(average.module.eval(), scheduler())
+    if accelerator.is_main_process:
+        save(s, pipeline, time.monotonic() - began)
+    accelerator.wait_for_everyone()
+    return pipeline
+
+
+def check_resumed(s: Pretrain, progress: dict[str, Any]) -> None:
+    """Raise unless a run that is gone on with is made as it was, but for its length, before its rate began to fall."""
+    for name, before in progress.get("recipe", {}).items():
+        now = recipe(s)[name]
+        level = progress["step"] <= (1 - FALL) * min(before, now) if name == "steps" else False
+        if now != before and not level:
+            hint = ": its learning rate has begun to fall" if name == "steps" else ""
+            raise ValueError(f"{name} is {now}, and was {before} in {s.out}{hint}; resume with the same")
 
 
 def keep(s: Pretrain, accelerator: Accelerator, average: nn.Module, step: int, seconds: float) -> None:
     """A checkpoint in place of the last one, and what the model draws now, always from the same noise."""
-    part, last = s.out / "checkpoint.part", s.out / "checkpoint"
+    part, last, old = (s.out / f"checkpoint{end}" for end in (".part", "", ".old"))
     accelerator.save_state(part)
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (part / "progress.json").write_text(json.dumps({"step": step, "seconds": seconds}))
-        shutil.rmtree(last, ignore_errors=True)
+        (part / PROGRESS).write_text(json.dumps({"step": step, "seconds": seconds, "recipe": recipe(s)}))
+        if last.exists():
+            os.replace(last, old)
         os.replace(part, last)
+        shutil.rmtree(old, ignore_errors=True)
         report.keep(report.grid(drawn(average, range(32))), s.out / "pictures" / f"step-{step:07d}.png")
     accelerator.wait_for_everyone()
 
@@ -195,13 +217,17 @@ def drawn(unet: Any, ids: Sequence[int], steps: int = 25) -> Tensor:
     return (x / 2 + 0.5).clamp(0, 1).cpu()
 
 
-def save(s: Pretrain, unet: Any, seconds: float) -> DDPMPipeline:
-    """In half precision, readable by everyone, with its recipe."""
-    pipeline = DDPMPipeline(unet.eval(), scheduler())
+def save(s: Pretrain, pipeline: DDPMPipeline, seconds: float) -> None:
+    """In half precision, readable by everyone, with its recipe; what is handed in is rounded to it too."""
     pipeline.to(torch.float16).save_pretrained(s.out, safe_serialization=True)
+    pipeline.to(torch.float32)
     for file in s.out.glob("*/*.safetensors"):
         file.chmod(0o644)
-    recipe = {k: v for k, v in asdict(s).items() if k not in ("data", "out", "resume", "download")}
-    told = {"recipe": recipe, "seconds": round(seconds), "parameters": unet.num_parameters()}
+    told = {"recipe": recipe(s), "seconds": round(seconds), "parameters": pipeline.unet.num_parameters()}
     (s.out / "recipe.json").write_text(json.dumps(told, indent=2) + "\n")
-    return pipeline
+
+
+def recipe(s: Pretrain) -> dict[str, Any]:
+    """What makes the model what it is."""
+    left = ("data", "out", "resume", "download", "checkpoint_every")
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(s).items() if k not in left}

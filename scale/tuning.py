@@ -389,9 +389,14 @@ class Export:
         check_fields(self, {"epoch": ">= 1"})
 
 
+def epochs_of(run: Path) -> dict[int, Path]:
+    """The checkpoints of a run, by epoch."""
+    return {int(folder.name.removeprefix("epoch-")): folder for folder in checkpoint.folders(run)}
+
+
 def chosen(o: Export, beta: float) -> Path:
     """The checkpoint's folder."""
-    kept = {int(folder.name.removeprefix("epoch-")): folder for folder in checkpoint.folders(o.run)}
+    kept = epochs_of(o.run)
     if not kept or o.epoch not in (None, *kept):
         raise ValueError(f"epoch must be that of a checkpoint in {o.run}: {', '.join(map(str, kept)) or 'it has none'}")
     lines = (o.run / "metrics.jsonl").read_text().splitlines()

@@ -6,13 +6,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
 from ctrl import checkpoint
 from scale import cifar10, pixels
-from scale.cifar10 import Evaluate, Sample, Settings, evaluate_run, export, main, sample, train
+from scale.cifar10 import Evaluate, Sample, Settings, energy_of, evaluate_run, export, main, sample, train
+from scale.diffusion import Score
 from scale.pretrain import Pretrain, batch_of, factor, loss_of, pretrain
 from scale.tuning import Export
 
@@ -74,7 +76,7 @@ def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run):
     """By diffusers' own call, as it was trained: ancestral sampling."""
     alone = DDPMPipeline.from_pretrained(run.out / "pipeline")
     alone.set_progress_bar_config(disable=True)
-    rngs = [torch.Generator().manual_seed(pixels.SEED + i) for i in range(6)]
+    rngs = [pixels.generator(pixels.SEED, i) for i in range(6)]
     shown = alone(batch_size=6, generator=rngs, num_inference_steps=4, output_type="np").images
     drawn = pixels.draw(run.pipeline, range(6), "ancestral", 4)
     assert torch.equal(drawn, torch.from_numpy(shown).permute(0, 3, 1, 2))
@@ -94,7 +96,11 @@ def test_the_energy_is_learned_and_kept(run, model, pictures):
     (folder, *_) = sorted((run.out / "checkpoints").iterdir())
     states = sorted(f.name for f in folder.glob("*.safetensors"))
     assert "model_2.safetensors" in states
-    assert float(load_file(folder / "model_2.safetensors")["tower.last.weight"].abs().max()) > 0
+    torch.manual_seed(0)
+    first = energy_of(Settings.read(run.out / "config.json")).state_dict()
+    learned = load_file(folder / "model_2.safetensors")
+    assert set(first) == set(learned)
+    assert all(not torch.equal(v, learned[name]) for name, v in first.items())
     untuned = pixels.load(str(model)).unet.state_dict()
     assert any(not torch.equal(v, untuned[k]) for k, v in run.pipeline.unet.state_dict().items())
     assert all("reward_loss" in epoch for epoch in run.history)
@@ -168,7 +174,7 @@ def test_sample_evaluate_and_export(run, tmp_path, capsys):
         ({"download": True}, "data must be given with download"),
         ({"steps": 3}, "steps must be at least 4"),
         ({"solver": "heun", "algorithm": "next-value"}, "next-value needs the density of a step"),
-        ({"eval_samplers": ("heun",)}, "sampler must be one of|ancestral"),
+        ({"eval_samplers": ("heun",)}, "eval_sampler must be one of ancestral, ddim"),
         ({"energy_updates": 0}, "energy_updates must be >= 1"),
     ],
 )
@@ -184,6 +190,9 @@ def test_wrong_settings_say_so(model, tmp_path, changes, message):
         ({"reward": "cifar10-class=boat"}, "cifar10-class needs a class"),
         ({"reward": "nosuch"}, "nosuch"),
         ({"reward": "energy", "options": ("keep=2",)}, "must keep one epoch"),
+        ({"steps": 700}, "end above timestep 0"),
+        ({"algorithm": "td-form", "options": ("evaluation.actor_updates=1",)}, "as it only fits the critic"),
+        ({"fid_weights": "nowhere.pth"}, "there is no file nowhere.pth"),
         ({"reward": "jpeg-compressibility", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),
         ({"model": "nobody/nothing"}, "cannot be had"),
     ],
@@ -211,18 +220,33 @@ def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
 
 
 def test_data_are_drawn_by_sample(model, pictures):
-    """The same for an id whatever its company, all of them in turn, half of them flipped."""
-    s = short(model, "runs", data=pictures, reward="energy")
+    """The same for an id whatever its company, all of them in turn, half of them flipped, noised as samples are."""
+    s, score = short(model, "runs", data=pictures, reward="energy"), Score.of(pixels.load(str(model)))
     held = cifar10.data.read(pictures)
-    of = cifar10.drawn_data(s, held)
-    ids = torch.arange(400)
+    of, ids = cifar10.drawn_data(s, score, held), torch.arange(400)
     found = of(ids)
     assert torch.equal(of(ids[7:9]), found[7:9])
     plain = held.batch(torch.arange(24))
-    index = torch.stack([(plain - x).abs().sum((1, 2, 3)).argmin() for x in found])
-    straight = sum(bool(torch.equal(plain[i], x)) for i, x in zip(index, found, strict=True))
-    z = (straight - 200) / 10
-    assert abs(z) < 5
+    both = torch.stack([plain, plain.flip(3)])
+    away = (found[:, None, None] - both).square().mean((3, 4, 5))  # (400, 2, 24)
+    which = away.flatten(1).argmin(1)
+    assert set((which % 24).tolist()) == set(range(24))
+    assert abs(int((which >= 24).sum()) - 200) < 50  # five standard deviations
+    sigma = float(score.noising.sigma(torch.tensor(score.s_min)))
+    assert away.flatten(1).amin(1).mean().sqrt().item() == pytest.approx(sigma, rel=0.05)
+
+
+def test_the_energy_needs_no_options(model, pictures, tmp_path):
+    """Whatever the algorithm keeps by default, it keeps one epoch beside a reward that is learned."""
+    for algorithm in ("actor-critic", "path-consistency"):
+        s = short(model, tmp_path, data=pictures, reward="energy", algorithm=algorithm, options=())
+        task = cifar10.assemble(s, None, Accelerator())
+        assert task.algorithm.keep == 1
+
+
+def test_another_seed_draws_other_pictures(run):
+    one, two = (pixels.draw(run.pipeline, range(6), "ddim", 4, seed=seed) for seed in (0, 1))
+    assert not any(torch.equal(a, b) for a in one for b in two)
 
 
 # ------------------------------------------------------------------------------------------ pretraining
@@ -246,9 +270,14 @@ def test_a_model_is_pretrained_and_gone_on_with(pictures, tmp_path):
     AcceleratorState._reset_state(reset_partial_state=True)
     with pytest.raises(ValueError, match="is there already"):
         pretrain(s)
+    for changes, message in (({"lr": 1.0}, "lr is 1.0, and was"), ({"out": tmp_path / "no"}, "has no checkpoint")):
+        with pytest.raises(ValueError, match=message):
+            pretrain(dataclasses.replace(s, resume=True, **changes))
     parts = pretrain(dataclasses.replace(s, resume=True))
     for name, v in whole.unet.state_dict().items():
         assert torch.equal(v, parts.unet.state_dict()[name]), name
+    last, again = (load_file(tmp_path / run / "checkpoint" / "model.safetensors") for run in ("whole", "parts"))
+    assert all(torch.equal(v, again[k]) for k, v in last.items())  # to the last bit of float32
     assert json.loads((tmp_path / "whole" / "recipe.json").read_text())["recipe"]["steps"] == 6
     pixels.load(str(tmp_path / "whole"))
     own = DDPMPipeline.from_pretrained(tmp_path / "whole")
@@ -262,8 +291,8 @@ def test_the_loss_is_min_snr_of_v():
     kept = DDPMScheduler(num_train_timesteps=50).alphas_cumprod.double()
     rng = torch.Generator().manual_seed(0)
     x0, noise = (torch.randn(5000, 3, 2, 2, generator=rng, dtype=torch.float64) for _ in range(2))
-    shift = torch.tensor(0.5)
-    found = loss_of(lambda x, k, return_dict: (torch.zeros_like(x),), kept, x0, shift, noise, times=50)
+    times = torch.arange(5000) // 100
+    found = loss_of(lambda x, k, return_dict: (torch.zeros_like(x),), kept, x0, times, noise)
     snr = kept / (1 - kept)
     assert float(found.mean()) == pytest.approx(
         float((snr.clamp(max=5) / (snr + 1)).mean()), abs=5 * float(found.std()) / 5000**0.5
@@ -273,7 +302,7 @@ def test_the_loss_is_min_snr_of_v():
         a, s = kept[k].sqrt()[:, None, None, None], (1 - kept[k]).sqrt()[:, None, None, None]
         return (a * noise - s * (x - s * noise) / a,)
 
-    assert float(loss_of(truth, kept, x0, shift, noise, times=50).abs().max()) < 1e-9
+    assert float(loss_of(truth, kept, x0, times, noise).abs().max()) < 1e-9
 
 
 def test_the_learning_rate_rises_stays_and_falls():

@@ -87,8 +87,8 @@ def test_the_process_is_ddpm(prediction, monkeypatch):
     """All timesteps of ancestral sampling, given the same noise: the states, and the picture, x0hat of the last."""
     made = pipeline(prediction)
     task, score, ids = task_of(made), Score.of(made), torch.arange(5)
-    times = timesteps(task, K)[:-1]  # the last call makes x0hat, at the time where the problem ends
-    times[-1] = task.horizon
+    s = torch.arange(K, 0, -1, dtype=torch.float64) / K  # the last call, at timestep 0, makes x0hat
+    times = task.s_max - s
     start = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     path = rollout(task, score, times, Noise(0), ids, solver=Exponential(), start=start)
     assert path.xi is not None
@@ -107,6 +107,14 @@ def test_the_process_is_ddpm(prediction, monkeypatch):
     )  # what the reward sees is as near as the last noise
 
 
+@pytest.mark.parametrize("steps", [K, K - 1, 30])
+def test_too_many_whole_timesteps_are_refused(steps):
+    """Where the last of them would be at the end."""
+    with pytest.raises(ValueError, match="end above timestep 0"):
+        timesteps(task_of(pipeline()), steps)
+    assert bool((timesteps(task_of(pipeline()), 20).diff() > 0).all())
+
+
 def test_a_reward_sees_pictures():
     x = torch.tensor([-1.0, 0.0, 1.0, 3.0])[:, None, None, None].expand(4, 3, 8, 8)
     assert Decoded(None, brightness, chunk=3)(x).tolist() == [0.0, 0.5, 1.0, 1.0]
@@ -117,7 +125,7 @@ def test_pictures_are_the_pipelines_own(name, kind):
     """Each from the noise of its id, whatever the batch."""
     made = pipeline("v_prediction")
     images = pixels.draw(made, range(3, 8), name, 8, batch=2)
-    rngs = [torch.Generator().manual_seed(pixels.SEED + i) for i in range(3, 8)]
+    rngs = [pixels.generator(pixels.SEED, i) for i in range(3, 8)]
     own = kind(made.unet, pixels.scheduler(name, made))
     own.set_progress_bar_config(disable=True)
     shown = own(batch_size=5, generator=rngs, num_inference_steps=8, output_type="np").images
