@@ -12,6 +12,7 @@ Runs are kept in OUT/cifar10.runs, so that an interrupted run goes on.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -21,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+from zlib import crc32
 
 import torch
 import tyro
@@ -39,10 +41,10 @@ from scale.evaluate import nats
 
 NAME = "cifar10"
 METHODS: dict[str, dict[str, Any]] = {
-    "actor-critic": {"options": ("nodes=128", "critic_updates=20", "actor_updates=4", "keep=1", "nats=1")},
+    "actor-critic": {"options": ("nodes=128", "critic_updates=20", "actor_updates=4", "keep=1", "nats=inf")},
     "td-form": {"options": ("nodes=128", "updates=4", "evaluation.critic_updates=20", "evaluation.nodes=128")},
     "next-value": {"options": ("nodes=128", "updates=4", "evaluation.critic_updates=20", "evaluation.nodes=128")},
-    "ddpo": {"options": ("nodes=160", "passes=1")},
+    "ddpo": {"options": ("nodes=128", "passes=1")},
 }
 RATES = (3e-5, 1e-4, 3e-4)
 """Of the search."""
@@ -95,8 +97,10 @@ class Job:
     @property
     def key(self) -> str:
         """Its file's name."""
-        tail = "" if self.lr is None else f"-{self.lr:g}"
-        return f"{self.method or 'untuned'}-{self.seed}-{self.images}-{self.judged}{tail}"
+        if self.method is None:
+            return f"untuned-{self.judged}"
+        made = crc32(json.dumps(self.settings(Path()).plain()).encode())  # other settings, another run
+        return f"{self.method}-{self.seed}-{self.images}-{self.judged}-{made:08x}"
 
     def settings(self, out: Path) -> Settings:
         """The embedded model's, with what is the method's own."""
