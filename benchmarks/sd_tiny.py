@@ -231,7 +231,11 @@ def draw(runs: dict[Job, Any], rows: Sequence[Row]) -> Figure:
                            [float(r["gain_se"] or 0) for r in line], color=COLOURS[method], marker=marks[1],
                            markersize=4, linewidth=1, capsize=2)  # fmt: skip
         left.set(title=reward, xlabel="pictures", ylabel=f"reward in training, mean of {SMOOTH} epochs")
-        right.set(title="gain by sampler (ddim o, dpmsolver++ □, unipc △, euler ▽)", xlabel="steps", xscale="log")
+        right.set(title="ddim o, dpmsolver++ □, unipc △, euler ▽", ylabel="gain ± s.e. over seeds", xscale="log")
+        steps = sorted({int(number(r, "steps")) for r in rows if r["panel"] == "samplers"})
+        right.set_xticks(steps, labels=[str(n) for n in steps])
+        right.minorticks_off()
+        right.set_xlabel("steps")
         left.legend(frameon=False)
         for ax in (left, right):
             ax.grid(alpha=0.3)
