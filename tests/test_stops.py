@@ -14,6 +14,14 @@ from ctrl.stops import Stopped
 CASE = {**CASES["actor-critic"], "epochs": 6}
 
 
+@pytest.fixture(autouse=True)
+def heard():
+    """A shell lets what it starts in the background ignore SIGINT, and the tests with it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def send(epoch, *numbers):
     """A callback: the process gets these signals after an epoch."""
 
