@@ -32,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, kept, leave, number, table, write
+from benchmarks.report import Options, Row, check_among, kept, leave, number, table, write
 from scale import cifar10, pixels, tuning
 from scale.cifar10 import Settings
 from scale.classifiers import Moments, diversity, features, frechet, histogram
@@ -49,7 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
 RATES = (3e-5, 1e-4, 3e-4)
 """Of the search."""
 RATE = {"actor-critic": 1e-4, "td-form": 1e-4, "next-value": 1e-4, "ddpo": 1e-4}
-"""What the search found."""
+"""To be searched for (`--tune`): these are where it starts."""
 WINDOW = 8
 """Epochs whose pictures make one point of the curve."""
 
@@ -77,8 +77,7 @@ class CIFAROptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if unknown := [name for name in self.method if name not in METHODS]:
-            raise ValueError(f"method must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
+        check_among(self, method=METHODS)
         if self.data is None and not self.done:
             raise ValueError("data must be given: --data FOLDER with CIFAR-10, whose energy is learned")
 

@@ -48,6 +48,13 @@ class Options:
         check_fields(self, LIMITS)
 
 
+def check_among(options: Options, **known: Iterable[str]) -> None:
+    """Raise unless what each of these options names is known."""
+    for name, names in known.items():
+        if unknown := [v for v in getattr(options, name) if v not in names]:
+            raise ValueError(f"{name} must be among {', '.join(names)}, got {', '.join(unknown)}")
+
+
 def carried_out(work: Callable[..., Any], cases: Sequence[tuple[Any, ...]], workers: int, total: int) -> None:
     """work(*case) for every case, in processes of their own; `total` are those that were done before as well."""
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:

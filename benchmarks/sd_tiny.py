@@ -39,7 +39,7 @@ from matplotlib.figure import Figure
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, kept, leave, number, table, write
+from benchmarks.report import Options, Row, check_among, kept, leave, number, table, write
 from scale import sd15
 from scale.settings import EMBEDDED, Settings
 
@@ -63,7 +63,7 @@ METHODS: dict[str, dict[str, Any]] = {
 CASES = [case for case in product(REWARDS, METHODS) if case != ("jpeg-compressibility", "adjoint-matching")]
 """Reward and method; a black box has no adjoint."""
 BETTER = (("following-soft", "adjoint-matching"), ("jpeg-compressibility", "actor-critic"))
-"""The better of the continuous-time methods on each reward."""
+"""The better of the continuous-time methods on each reward, by the search."""
 RATES = (2e-5, 6e-5, 1.8e-4)
 """Of the search. DDPO with two optimiser steps an epoch, as public codes have it, was tried at 6e-5, 1.8e-4 and 5.4e-4
 too, and gained less, at more KL."""
@@ -96,9 +96,7 @@ class SDTinyOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, known in (("reward", REWARDS), ("method", METHODS)):
-            if unknown := [v for v in getattr(self, name) if v not in known]:
-                raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(unknown)}")
+        check_among(self, reward=REWARDS, method=METHODS)
 
 
 @dataclass(frozen=True)

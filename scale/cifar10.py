@@ -35,12 +35,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, Noise, StructuredCritic
 from ctrl.algorithms import InverseRL
-from ctrl.fields import check_fields, one_of
+from ctrl.fields import one_of
 from ctrl.noise import INITIAL, PATH
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import data, pixels, report, tuning
 from scale.diffusion import Decoded, Score, StandIn, Value, problem
+from scale.models import not_there
 from scale.pixels import Evaluation
 from scale.pretrain import Pretrain, pretrain
 from scale.rewards import Reward, terms
@@ -357,7 +358,7 @@ def needs(s: Settings) -> str:
     try:
         config = UNet2DModel.load_config(folder if folder.is_dir() else s.model, revision=s.revision)
     except OSError as wrong:
-        raise ValueError(pixels.not_there(s.model, wrong)) from wrong
+        raise ValueError(not_there(s.model, Path(s.model), s.variant, wrong, "copy it again")) from wrong
     with init_empty_weights():
         weights = UNet2DModel.from_config(config).num_parameters()
     reference = 0 if s.offload_reference else weights
@@ -412,27 +413,17 @@ def export(o: tuning.Export) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, kw_only=True)
+class Sample(tuning.Sample):
     """Pictures from a run, or from the model it began with."""
 
-    run: Path
-    """The run's folder."""
-    n: int = 64
-    """How many."""
     sampler: str | None = None
     """ancestral, ddim, dpmsolver++ or unipc; by default that of the run's evaluation."""
     steps: int | None = None
     """Time steps; by default those of training."""
-    seed: int = 0
-    """Of the noise."""
-    untuned: bool = False
-    """Of the model before."""
-    out: Path | None = None
-    """Where 0000.png ... and grid.png go; by default RUN/samples."""
 
     def __post_init__(self) -> None:
-        check_fields(self, {"n": ">= 1", "steps": ">= 1", "seed": ">= 0"})
+        super().__post_init__()
         if self.sampler is not None:
             one_of("sampler", self.sampler, pixels.SAMPLERS)
 

@@ -145,14 +145,11 @@ def _folder(root: Path) -> Pictures:
 
 
 def read_or_download(folder: str | Path, wanted: bool) -> Pictures:
-    """What the folder has; CIFAR-10 is fetched to it if there is nothing yet, and it is `wanted`."""
-    try:
-        return read(folder)
-    except ValueError:
-        if not wanted:
-            raise
-    download(folder)
-    return read(folder)
+    """What the folder has; CIFAR-10 is fetched to it if that is `wanted`, and there is nothing yet."""
+    root = Path(folder)
+    if wanted and not (root.is_dir() and any(root.iterdir())):
+        download(root)
+    return read(root)
 
 
 def download(folder: str | Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
@@ -66,17 +66,25 @@ def _check_parts(name: str, pipeline: StableDiffusionPipeline) -> None:
             f"model: the UNet of {name} takes {channels} channels where its VAE makes "
             f"{pipeline.vae.config.latent_channels}: a model for inpainting needs more than text"
         )
+    check_prediction(name, pipeline)
+
+
+def check_prediction(name: str, pipeline: DiffusionPipeline) -> None:
+    """Raise unless the network predicts what is known here."""
     prediction = pipeline.scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
 
 
-def not_there(name: str, where: Path, variant: str | None, wrong: OSError) -> str:
-    """What to do about a model that cannot be had."""
+SAFE = "safetensors are needed, pickles are not read"
+
+
+def not_there(name: str, where: Path, variant: str | None, wrong: OSError, hint: str = SAFE) -> str:
+    """What to do about a model that cannot be had; the hint is for a folder that is there."""
     first = str(wrong).strip().splitlines()[0]
     if where.exists():
         files = f" for variant {variant!r}" if variant else ""
-        return f"model: {where} is not whole{files} ({first}); safetensors are needed, pickles are not read"
+        return f"model: {where} is not whole{files} ({first}); {hint}"
     return (
         f"model: {name} cannot be had ({first}). Is the name right? Where there is no network, run "
         f"`hf download {name}` on a machine that has one, and give the folder it prints"

@@ -32,6 +32,7 @@ from scale.classifiers import Moments, diversity, features, frechet, histogram
 from scale.data import Pictures
 from scale.diffusion import NO_PROMPT, Decoded, Score, problem
 from scale.evaluate import KL_SAMPLES, SEED, Written, nats
+from scale.models import check_prediction, not_there
 from scale.rewards import Reward, ask
 
 SAMPLERS: dict[str, Any] = {
@@ -51,7 +52,7 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
             raise ValueError(f"model must be a DDPMPipeline of pictures; {name} is a {kind}")
         pipeline = DDPMPipeline.from_pretrained(name, revision=revision, variant=variant)
     except OSError as wrong:
-        raise ValueError(not_there(name, wrong)) from wrong
+        raise ValueError(not_there(name, where, variant, wrong, "copy it again")) from wrong
     if not isinstance(pipeline.unet, UNet2DModel):
         raise ValueError(f"model must have a UNet2DModel; {name} has a {type(pipeline.unet).__name__}")
     config = pipeline.unet.config
@@ -60,19 +61,8 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
             f"model must take and give square pictures of 3 channels; {name} takes {config.in_channels}, gives "
             f"{config.out_channels}, of size {config.sample_size}"
         )
-    prediction = pipeline.scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
-        raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
+    check_prediction(name, pipeline)
     return pipeline.to(torch.float32)
-
-
-def not_there(name: str, wrong: OSError) -> str:
-    """What to do about a model that cannot be had."""
-    first = str(wrong).strip().splitlines()[0]
-    return (
-        f"model: {name} cannot be had ({first}). Is the name right? Where there is no network, run "
-        f"`hf download {name}` on a machine that has one, and give the folder it prints"
-    )
 
 
 def scheduler(name: str, pipeline: DDPMPipeline) -> Any:

@@ -55,7 +55,7 @@ class Pretrain:
     """Residual blocks at each resolution."""
     attention_at: int = 8
     """The side at which there is attention."""
-    steps: int = 6000
+    steps: int = 2400
     """Optimiser steps."""
     batch: int = 64
     """Pictures a step, over all processes."""

@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, StructuredCritic
 from ctrl.algorithms import DDPO
-from ctrl.fields import check_fields
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import models, report, tuning
@@ -327,31 +326,23 @@ def export(o: Export) -> Path:
     return folder
 
 
-@dataclass(frozen=True)
-class Sample:
-    """Pictures from a run, or from the model it began with."""
+@dataclass(frozen=True, kw_only=True)
+class Sample(tuning.Sample):
+    """Pictures from a run, or from the model it began with, prompt after prompt."""
 
-    run: Path
-    """The run's folder."""
+    limits: ClassVar[dict[str, str]] = {**tuning.Sample.limits, "guidance": ">= 1"}
+
     prompts: str | None = None
     """List, file or prompt; by default those of the evaluation."""
-    n: int = 16
-    """How many, prompt after prompt."""
     sampler: str = "dpmsolver++"
     """ddim, dpmsolver++, unipc, euler or heun."""
     steps: int = 25
     """Time steps."""
     guidance: float | None = None
     """As in training by default."""
-    seed: int = 0
-    """Of the noise."""
-    untuned: bool = False
-    """Of the model before."""
-    out: Path | None = None
-    """Where 0000.png ... and grid.png go; by default RUN/samples."""
 
     def __post_init__(self) -> None:
-        check_fields(self, {"n": ">= 1", "steps": ">= 1", "guidance": ">= 1", "seed": ">= 0"})
+        super().__post_init__()
         known(self.sampler)
 
 

@@ -376,6 +376,27 @@ class Evaluate:
         return dataclasses.replace(s, **{k: v for k, v in changes.items() if v is not None})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Pictures from a run, or from the model it began with."""
+
+    limits: ClassVar[dict[str, str]] = {"n": ">= 1", "steps": ">= 1", "seed": ">= 0"}
+
+    run: Path
+    """The run's folder."""
+    n: int = 16
+    """How many."""
+    seed: int = 0
+    """Of the noise."""
+    untuned: bool = False
+    """Of the model before."""
+    out: Path | None = None
+    """Where 0000.png ... and grid.png go; by default RUN/samples."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, self.limits)
+
+
 @dataclass(frozen=True)
 class Export:
     """The pipeline of a run as it was at a checkpoint, of one that was stopped, or went on for too long."""

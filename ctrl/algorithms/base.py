@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +57,24 @@ class Algorithm(ABC):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:  # noqa: B027
         """Raise, before anything expensive, if this cannot learn from that."""
+
+
+@dataclass(frozen=True)
+class Around(Algorithm):
+    """One that changes what another, `algorithm`, learns from, and leaves the rest to it."""
+
+    algorithm: Algorithm
+
+    @property
+    def keep(self) -> int:  # type: ignore[override]
+        """As the algorithm has it."""
+        return self.algorithm.keep
+
+    def kl(self, problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
+        return self.algorithm.kl(problem, trajectory, policy)
+
+    def behaviour(self, policy: Mean) -> Mean | GaussianPolicy:
+        return self.algorithm.behaviour(policy)
 
 
 def check_price(problem: Problem) -> None:

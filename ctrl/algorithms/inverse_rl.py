@@ -19,11 +19,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ctrl.algorithms.base import Algorithm
-from ctrl.gaussian import GaussianPolicy, Mean
+from ctrl.algorithms.base import Around
 from ctrl.problem import Problem
 from ctrl.replay import Nodes
-from ctrl.rollout import Trajectory
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
@@ -32,16 +30,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class InverseRL(Algorithm):
-    """
+class InverseRL(Around):
+    """`algorithm`, learning from the reward as it is now.
+
     Attributes:
-        algorithm: learns from the reward as it is now.
         data: data(ids) -> (n, *D), one datum for each sample id.
         squares: weight of the energies' squares, which keeps them in bounds.
         updates: optimiser steps of the reward an epoch.
     """
 
-    algorithm: Algorithm
     data: Callable[[Tensor], Tensor]
     squares: float = 0.1
     updates: int = 1
@@ -59,17 +56,6 @@ class InverseRL(Algorithm):
         samples = run.problem.reward(ends.x, ends.cond)
         data = run.problem.reward(self.data(ends.ids).to(ends.x), ends.cond)
         return samples - data + self.squares * (samples.square() + data.square())
-
-    @property
-    def keep(self) -> int:  # type: ignore[override]
-        """As the algorithm has it."""
-        return self.algorithm.keep
-
-    def kl(self, problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
-        return self.algorithm.kl(problem, trajectory, policy)
-
-    def behaviour(self, policy: Mean) -> Mean | GaussianPolicy:
-        return self.algorithm.behaviour(policy)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         reward = problem.reward

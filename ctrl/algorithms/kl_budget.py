@@ -10,13 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ctrl.algorithms.base import Algorithm, check_noise
-from ctrl.gaussian import GaussianPolicy, Mean
+from ctrl.algorithms.base import Around, check_noise
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.regularize import adapted
-from ctrl.rollout import Trajectory
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
@@ -25,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class KLBudget(Algorithm):
+class KLBudget(Around):
     """`algorithm`, learning with a beta such that the path KL comes to `nats`; the metric "beta" says which. It starts
     from the problem's own.
 
@@ -34,7 +30,6 @@ class KLBudget(Algorithm):
         limit: at most by this, or its inverse: a policy needs some epochs to follow.
     """
 
-    algorithm: Algorithm
     nats: float
     gain: float = 0.2
     limit: float = 1.2
@@ -52,17 +47,6 @@ class KLBudget(Algorithm):
     def beta(self, start: float, history: Sequence[dict[str, Any]]) -> float:
         """beta after the epochs of `history`."""
         return adapted(start, [epoch["kl"] for epoch in history if "kl" in epoch], self.nats, self.gain, self.limit)
-
-    @property
-    def keep(self) -> int:  # type: ignore[override]
-        """As the algorithm has it."""
-        return self.algorithm.keep
-
-    def kl(self, problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
-        return self.algorithm.kl(problem, trajectory, policy)
-
-    def behaviour(self, policy: Mean) -> Mean | GaussianPolicy:
-        return self.algorithm.behaviour(policy)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not isinstance(problem, ScoreAsAction) or problem.beta == 0:

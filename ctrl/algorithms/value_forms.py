@@ -13,7 +13,7 @@ ours KL to the reference, and its value learns by TD(0), ours as the actor-criti
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,8 @@ class _ByValues(Algorithm):
     updates: int = 1
     nodes: int = 1024
     evaluation: ActorCritic = field(default_factory=lambda: ActorCritic(actor_updates=0, keep=1))
+    more_calls: ClassVar[int] = 0
+    """Networks that `gain` asks at a node."""
 
     def learn(self, run: Run) -> None:
         self.evaluation.learn(run)
@@ -51,6 +53,7 @@ class _ByValues(Algorithm):
         self.lay(run, chain, batch)
         for nodes in run.deal(self.updates, self.nodes, last=batch.steps - 1):
             run.update("policy", lambda n: self.loss(run, chain, n), nodes, self.nodes)
+            run.counts["network_calls"] += self.nodes * self.more_calls
 
     def lay(self, run: Run, chain: Chain, batch: Batch) -> None:
         """What `gain` needs beside the left nodes."""
@@ -103,6 +106,8 @@ class TDForm(_ByValues):
 class NextValue(_ByValues):
     """V where the step ends; at the end of the path that is the reward, if it has a gradient."""
 
+    more_calls: ClassVar[int] = 1
+
     def lay(self, run: Run, chain: Chain, batch: Batch) -> None:
         assert batch.trajectory.xi is not None
         batch.lay("xi", batch.trajectory.xi)
@@ -112,7 +117,6 @@ class NextValue(_ByValues):
         noise = chain.law(n, n["a_old"], n["a_old_before"]).root.apply(n["xi"])
         x, t = (mean + noise).detach(), chain.times.to(n.t)[n.k + 1]
         slope, last = run.critic.grad(t, x, n.cond), n.k == len(chain.plan) - 1
-        run.counts["network_calls"] += len(n) * run.accelerator.num_processes
         if bool(last.any()) and getattr(run.problem.reward, "differentiable", False):
             slope[last] = reward_slope(run.problem, x[last], None if n.cond is None else n.cond[last])
         return torch.exp(-run.problem.discount * t) * dot(slope, mean)
