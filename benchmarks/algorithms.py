@@ -160,9 +160,14 @@ class Job:
 
 
 def entry_of(name: str) -> Entry:
-    """A catalogue problem, or random-SEED, a random mixture."""
+    """A catalogue problem, as it is or with another beta or eta (gaussian-1d@beta=2), or random-SEED, a random
+    mixture."""
     if name.startswith("random-"):
         return catalogue.random_mixture(int(name.removeprefix("random-")))
+    if "@" in name:
+        name, _, changes = name.partition("@")
+        pairs = (change.partition("=") for change in changes.split(","))
+        return catalogue.varied(name, **{key: float(value) for key, _, value in pairs})
     return catalogue.get(name)
 
 

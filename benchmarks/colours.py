@@ -30,6 +30,11 @@ COLOURS = {
     "2M": "#009E73",
     "exact transitions": "#000000",
     "random times, Heun": "#56B4E9",
+    # critics
+    "network": "#0072B2",
+    "cosine skip": "#44AA99",
+    "linear skip": "#D55E00",
+    "constant skip": "#CC79A7",
     # estimators
     "critic": "#0072B2",
     "td": "#56B4E9",

@@ -48,16 +48,14 @@ class Stops:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._forget()
-
-    def _forget(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         self.ask(128 + number, signal.Signals(number).name)
-        self._forget()
+        for n, handler in self._before.items():  # a shell's background job has SIGINT ignored: it was not, just now
+            signal.signal(n, signal.SIG_DFL if handler == signal.SIG_IGN else handler)
         with suppress(OSError):  # nobody may be reading
             tqdm.write(f"{self.why}: the epoch is finished and kept, then the run ends; once more to end it at once")
 

@@ -83,22 +83,22 @@ class Settings(Tuning):
     algorithm: str = "actor-critic"
     """The form of the update: actor-critic (the gradient of V), td-form, next-value (DxMI's, in discrete time), ddpo;
     or ppo, ppo-clip, path-consistency, policy-iteration, q-learning, adjoint-matching (rewards with a gradient)."""
-    solver: str = "exponential"
-    """How pictures are drawn in training: exponential (ancestral sampling), 2m, heun (two calls a step), ddim, or
-    diffusers/NAME for one of diffusers' own (ddim, dpmsolver++, sde-dpmsolver++, unipc, euler, heun), a black box."""
+    solver: str = "2m"
+    """How pictures are drawn in training: 2m, exponential (ancestral sampling, far worse at ten steps), heun
+    (two calls a step), ddim, or diffusers/NAME for one of diffusers' own (ddim, dpmsolver++, sde-dpmsolver++, unipc,
+    euler, heun), a black box."""
     steps: int = 10
     """Time steps of a picture, from 4 to the model's timesteps."""
-    grid: Literal["log-snr", "natural", "uniform", "timesteps"] = "timesteps"
-    """Where the time steps lie: timesteps are whole ones, where diffusers' samplers ask too, so that what is trained is
-    what is used; log-snr spends them evenly on the path KL; uniform is even in time, natural in between."""
-    jitter: float = 0.0
-    """How far times move from epoch to epoch, in steps: 0 trains the sampler of just these steps."""
+    grid: Literal["log-snr", "natural", "uniform", "timesteps"] = "log-snr"
+    """Where the time steps lie: log-snr spends them evenly on the path KL; uniform is even in time, natural in between;
+    timesteps are whole ones, where diffusers' samplers ask too: with exponential and no jitter the sampler of just
+    these steps is trained."""
 
     out: Path = Path("runs/cifar10")
     """The run's folder."""
-    eval_sampler: str = "ancestral"
-    """Of the headline, at `steps` steps: ancestral, ddim, dpmsolver++, unipc. It stands against the best of these, of
-    the untuned model, at as many."""
+    eval_sampler: str = "dpmsolver++"
+    """Of the headline, at `steps` steps, and of the pipeline that is kept: ancestral, ddim, dpmsolver++,
+    sde-dpmsolver++. It stands against the best of these and unipc, of the untuned model, at as many."""
     eval_samplers: tuple[str, ...] = ("ancestral", "ddim", "dpmsolver++", "unipc")
     """The evaluation's grid: these samplers ..."""
     eval_steps: tuple[int, ...] = (10, 20, 50)
@@ -128,6 +128,9 @@ class Settings(Tuning):
                 self.fid_weights is not None and self.data is None
             ),
             "steps must be at least 4": self.steps < 4,
+            "eval_sampler must be another than unipc, which a DDPMPipeline cannot call: take dpmsolver++": (
+                self.eval_sampler == "unipc"
+            ),
         }
 
 
@@ -318,8 +321,8 @@ def judged(
 
 
 def save(s: Settings, pipeline: DDPMPipeline) -> None:
-    """OUT/pipeline: diffusers draws from it by ancestral sampling from the last timestep on, as the defaults train."""
-    kept = DDPMPipeline(pipeline.unet, pixels.scheduler("ancestral", pipeline))
+    """OUT/pipeline: diffusers draws from it by the sampler of the evaluation, from the last timestep on."""
+    kept = DDPMPipeline(pipeline.unet, pixels.scheduler(s.eval_sampler, pipeline))
     kept.save_pretrained(s.out / "pipeline")
     for file in (s.out / "pipeline").rglob("*.safetensors"):
         file.chmod(0o644)  # they come as the writer's alone
@@ -413,7 +416,7 @@ def export(o: tuning.Export) -> Path:
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample(tuning.Sample):
     """Pictures from a run, or from the model it began with."""
 

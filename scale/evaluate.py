@@ -113,7 +113,7 @@ def nats(
     times, device = grids.log_snr(task, steps), next(policy.parameters()).device
     paths = [
         path_kl(task, rollout(task, policy, times, Noise(SEED), ids, solver=Heun(), cond=conditions(ids)), policy)
-        for ids in torch.arange(samples, device=device).split(batch)
+        for ids in tqdm(torch.arange(samples, device=device).split(batch), "path KL")
     ]
     return Estimate.of(torch.cat(paths).double().cpu())
 

@@ -37,8 +37,13 @@ from scale.rewards import Reward, ask
 
 SAMPLERS: dict[str, Any] = {
     "ancestral": DDPMScheduler, "ddim": DDIMScheduler, "dpmsolver++": DPMSolverMultistepScheduler,
-    "unipc": UniPCMultistepScheduler,
+    "sde-dpmsolver++": DPMSolverMultistepScheduler, "unipc": UniPCMultistepScheduler,
 }  # fmt: skip
+NOISY: dict[str, dict[str, str]] = {
+    "ancestral": {"variance_type": "fixed_small"},  # the posterior's, which is the SDE's
+    "sde-dpmsolver++": {"algorithm_type": "sde-dpmsolver++"},
+}
+"""Those that draw noise in every step, and what makes them the SDE's."""
 
 
 def load(name: str, revision: str | None = None, variant: str | None = None) -> DDPMPipeline:
@@ -68,9 +73,7 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
 def scheduler(name: str, pipeline: DDPMPipeline) -> Any:
     """The sampler of that name under the pipeline's schedule; few steps begin at the last timestep."""
     one_of("sampler", name, SAMPLERS)
-    config = pipeline.scheduler.config
-    small = {"variance_type": "fixed_small"} if name == "ancestral" else {}  # the posterior's, which is the SDE's
-    return SAMPLERS[name].from_config(config, timestep_spacing="trailing", **small)
+    return SAMPLERS[name].from_config(pipeline.scheduler.config, timestep_spacing="trailing", **NOISY.get(name, {}))
 
 
 def generator(seed: int, i: int) -> torch.Generator:
@@ -88,7 +91,7 @@ def draw(
     for k in range(0, len(ids), batch):
         rngs = [generator(seed, i) for i in ids[k : k + batch]]
         box.set_timesteps(steps)
-        noise = {"generator": rngs} if name == "ancestral" else {}
+        noise = {"generator": rngs} if name in NOISY else {}
         start = randn_tensor((len(rngs), 3, size, size), generator=rngs, device=unet.device, dtype=unet.dtype)
         x = start * box.init_noise_sigma
         for t in box.timesteps:

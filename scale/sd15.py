@@ -326,7 +326,7 @@ def export(o: Export) -> Path:
     return folder
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample(tuning.Sample):
     """Pictures from a run, or from the model it began with, prompt after prompt."""
 

@@ -376,7 +376,7 @@ class Evaluate:
         return dataclasses.replace(s, **{k: v for k, v in changes.items() if v is not None})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Sample:
     """Pictures from a run, or from the model it began with."""
 

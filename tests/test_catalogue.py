@@ -49,3 +49,21 @@ def test_mixture_2d_moves_its_weights():
 def test_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match="mixture-2d-rare-mode"):
         catalogue.get("mixture-3d")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("gaussian-1d", {"eta": 0.5, "beta": 2.0}), ("mixture-2d", {"beta": 2.0})]
+)
+def test_a_varied_problem_is_another_with_its_own_answers(name, changes):
+    """A nat costs four times as much: less is spent, and less is gained."""
+    entry, varied = catalogue.get(name), catalogue.varied(name, **changes)
+    assert varied.name == f"{name}@{','.join(f'{key}={value:g}' for key, value in changes.items())}"
+    assert all(getattr(varied.problem, key) == value for key, value in changes.items())
+    assert entry.problem.beta == 0.5 and entry.problem.eta == 1.0
+    assert float(varied.J_optimal.mean) < float(entry.J_optimal.mean)
+
+
+@pytest.mark.parametrize("name", ["lq-1d", "mixture-2d-rare-mode", "mixture-2d-conditional"])
+def test_what_cannot_be_varied_says_so(name):
+    with pytest.raises(ValueError, match=f"{name} has no beta or eta that can be varied"):
+        catalogue.varied(name, beta=1.0)

@@ -73,13 +73,16 @@ def run(model, pictures, tmp_path_factory):
 
 
 def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run):
-    """By diffusers' own call, as it was trained: ancestral sampling."""
+    """By diffusers' own call."""
     alone = DDPMPipeline.from_pretrained(run.out / "pipeline")
     alone.set_progress_bar_config(disable=True)
     rngs = [pixels.generator(pixels.SEED, i) for i in range(6)]
     shown = alone(batch_size=6, generator=rngs, num_inference_steps=4, output_type="np").images
-    drawn = pixels.draw(run.pipeline, range(6), "ancestral", 4)
+    drawn = pixels.draw(run.pipeline, range(6), "dpmsolver++", 4)
     assert torch.equal(drawn, torch.from_numpy(shown).permute(0, 3, 1, 2))
+    assert torch.equal(
+        pixels.draw(alone, range(6), "ancestral", 4), pixels.draw(run.pipeline, range(6), "ancestral", 4)
+    )
     found = json.loads((run.out / "evaluation.json").read_text())
     assert found["path_kl"] > 0 and found["gain_se"] > 0 and found["samples"] == 6
     assert set(found["untuned"]) == set(pixels.SAMPLERS)
@@ -175,6 +178,7 @@ def test_sample_evaluate_and_export(run, tmp_path, capsys):
         ({"steps": 3}, "steps must be at least 4"),
         ({"solver": "heun", "algorithm": "next-value"}, "next-value needs the density of a step"),
         ({"eval_samplers": ("heun",)}, "eval_sampler must be one of ancestral, ddim"),
+        ({"eval_sampler": "unipc"}, "eval_sampler must be another than unipc"),
         ({"energy_updates": 0}, "energy_updates must be >= 1"),
     ],
 )
@@ -190,7 +194,7 @@ def test_wrong_settings_say_so(model, tmp_path, changes, message):
         ({"reward": "cifar10-class=boat"}, "cifar10-class needs a class"),
         ({"reward": "nosuch"}, "nosuch"),
         ({"reward": "energy", "options": ("keep=2",)}, "must keep one epoch"),
-        ({"steps": 700}, "end above timestep 0"),
+        ({"steps": 700, "grid": "timesteps"}, "end above timestep 0"),
         ({"algorithm": "td-form", "options": ("evaluation.actor_updates=1",)}, "as it only fits the critic"),
         ({"fid_weights": "nowhere.pth"}, "there is no file nowhere.pth"),
         ({"reward": "jpeg-compressibility", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),

@@ -349,3 +349,12 @@ def test_conditions_and_rewards_that_do_not_fit():
         entry.value.value(torch.zeros(3), torch.zeros(3, 2), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"reward\.p"):
         tilt(p.data, LogRatioReward(p.data, p.data.shifted(torch.ones(1)), 0.5), 0.5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5, 3.0])
+def test_the_optimums_reward_and_kl_are_the_envelopes(beta):
+    """dJ*/dbeta = -KL of the optimum, (E r - J*)/beta: by a central difference, whose error is of order h²."""
+    h = 1e-4 * beta
+    lower, at, upper = (catalogue.varied("mixture-2d", beta=b).exact for b in (beta - h, beta, beta + h))
+    kl = float(at.reward_optimal().mean - at.J_optimal().mean) / beta
+    assert kl == pytest.approx(float(lower.J_optimal().mean - upper.J_optimal().mean) / (2 * h), rel=1e-6)

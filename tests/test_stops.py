@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -51,6 +53,24 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(**CASE, out=tmp_path, callbacks=[send(3, signal.SIGINT, signal.SIGINT)])
     assert checkpoint.folders(tmp_path) == []
+
+
+def test_a_second_signal_ends_what_a_shell_has_in_the_background():
+    """There SIGINT is ignored, until somebody listens."""
+    twice = "os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n    " * 2
+    code = f"""
+import os, signal, time
+from ctrl.stops import Stops
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+with Stops(None, True):
+    {twice}print("not ended")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, "once more to end it" in done.stdout, "not ended" in done.stdout) == (
+        -signal.SIGINT,
+        True,
+        False,
+    )
 
 
 def test_nothing_is_heard_where_nothing_is_kept():

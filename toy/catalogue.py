@@ -13,6 +13,7 @@ said.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -226,3 +227,18 @@ def get(name: str) -> Entry:
     if name not in _ENTRIES:
         raise ValueError(f"unknown problem {name!r}; the catalogue has {', '.join(NAMES)}")
     return _ENTRIES[name]()
+
+
+@cache
+def varied(name: str, **changes: Any) -> Entry:
+    """The diffusion of that name with another beta or eta, which is a problem of its own with exact answers too."""
+    entry = get(name)
+    if isinstance(entry.exact, GaussianDiffusion):
+        return _gaussian(_said(name, changes), dataclasses.replace(entry.exact, **changes))
+    if isinstance(entry.exact, MixtureDiffusion) and isinstance(entry.exact.reward, QuadraticReward):
+        return _mixture(_said(name, changes), dataclasses.replace(entry.exact, **changes))
+    raise ValueError(f"{name} has no beta or eta that can be varied: its reward is made for them")
+
+
+def _said(name: str, changes: dict[str, float]) -> str:
+    return f"{name}@{','.join(f'{key}={value:g}' for key, value in changes.items())}"

@@ -243,6 +243,18 @@ class MixtureDiffusion:
         """J* = E V*(0, Y_0): by Gauss-Hermite quadrature up to two dimensions (no error), else from 65,536 samples."""
         return expect(self.initial, lambda y: self.value.value(y.new_zeros(len(y)), y))
 
+    def reward_optimal(self) -> Estimate:
+        """E r(Y_T) under the optimal control, of a quadratic reward; the optimum's path KL is (E r - J*)/beta."""
+        r = self.reward
+        if not isinstance(r, QuadraticReward):
+            raise ValueError(f"a reward of type {type(r).__name__} has no closed mean: use QuadraticReward")
+
+        def given(y: Tensor) -> Tensor:
+            w, means, C = self.tilted[0].posterior(y.new_full((len(y),), self.s_max), y)
+            return (w * (r(means) - torch.einsum("bkij,ij->bk", C, r.G.to(C)) / 2)).sum(1)
+
+        return expect(self.initial, given)
+
 
 def expect(law: Mixture, f: Any, order: int = 60) -> Estimate:
     """E f(Y), Y ~ law; f: (n, d) -> (n,)."""
