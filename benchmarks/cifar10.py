@@ -26,13 +26,11 @@ from zlib import crc32
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, check_among, kept, leave, number, table, write
+from benchmarks.report import Options, Row, check_among, kept, leave, table, write
 from scale import cifar10, pixels, tuning
 from scale.cifar10 import Settings
 from scale.classifiers import Moments, diversity, features, frechet, histogram
@@ -50,7 +48,7 @@ RATES = (3e-5, 1e-4, 3e-4)
 """Of the search."""
 RATE = {"actor-critic": 1e-4, "td-form": 1e-4, "next-value": 1e-4, "ddpo": 1e-4}
 """To be searched for (`--tune`): these are where it starts."""
-WINDOW = 8
+STEPS, WINDOW = 10, 4
 """Epochs whose pictures make one point of the curve."""
 
 
@@ -71,7 +69,7 @@ class CIFAROptions(Options):
     tune: bool = False
     """Try the learning rates, with one seed that is not among the others, instead."""
     done: bool = False
-    """Only the table and the figure of the runs that are there."""
+    """Only the table of the runs that are there."""
     jobs: int = os.cpu_count() or 1
     """Runs at a time, each on one thread."""
 
@@ -178,7 +176,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         group = [r for job, r in runs.items() if job.method == method]
         found = [r["frechet"] for r in group]
         yield {
-            "panel": "forms", "algorithm": method, "seeds": len(group),
+            "panel": "forms", "algorithm": method, "seeds": len(group), "steps": STEPS,
             "images": max(job.images for job in runs if job.method == method), "frechet": mean(found),
             "frechet_se": stdev(found) / len(found) ** 0.5 if len(found) > 1 else None,
             **{name: mean(r[name] for r in group)
@@ -187,30 +185,6 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
     for job, r in runs.items():
         for images, value in r["curve"] if job.method else ():
             yield {"panel": "curve", "algorithm": job.method, "seed": job.seed, "images": images, "frechet": value}
-
-
-def draw(rows: list[Row]) -> Figure:
-    """Frechet distance while training, a line a seed; and at the end, beside the untuned model by each sampler."""
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curves = [r for r in rows if r["panel"] == "curve"]
-    for method, seed in dict.fromkeys((str(r["algorithm"]), r["seed"]) for r in curves):
-        line = [r for r in curves if (r["algorithm"], r["seed"]) == (method, seed)]
-        label = method if seed == curves[0]["seed"] else None
-        images, distance = ([number(r, name) for r in line] for name in ("images", "frechet"))
-        left.plot(images, distance, color=COLOURS[method], linewidth=1.2, label=label)
-    left.set(xlabel="pictures drawn", ylabel=f"Frechet distance, last {WINDOW} epochs")
-    left.legend(frameon=False)
-    ends = [r for r in rows if r["panel"] in ("untuned", "forms")]
-    names = [str(r["sampler"] if r["panel"] == "untuned" else r["algorithm"]) for r in ends]
-    for i, (row, name) in enumerate(zip(ends, names, strict=True)):
-        right.errorbar(number(row, "frechet"), i, xerr=float(row.get("frechet_se") or 0), marker="o", capsize=2,
-                       color=COLOURS.get(name, "#777777"))  # fmt: skip
-    right.set_yticks(range(len(ends)), labels=[f"{n}, untuned" if n in pixels.SAMPLERS else n for n in names])
-    right.set(xlabel="Frechet distance at the end (± s.e. over seeds)")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-    return figure
 
 
 def main(o: CIFAROptions) -> None:
@@ -232,8 +206,7 @@ def main(o: CIFAROptions) -> None:
         shown = [r for r in rows if r["panel"] == panel]
         print(table(shown, [name for name in shown[0] if name != "panel"]) if shown else f"no {panel}")
     path = write(NAME, o, rows, began)
-    draw(rows).savefig(path.with_suffix(".png"), dpi=150)
-    print(f"-> {path}, {path.with_suffix('.png').name}")
+    print(f"-> {path}; drawn by paper_figures/cifar10.py")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fine-tune a diffusion model of small pictures as the few-step sampler that it is used as, by `ctrl.fit`.
+"""Fine-tune a diffusion model of small pictures as a sampler of few steps, by `ctrl.fit`.
 
     python scale/cifar10.py                                      google/ddpm-cifar10-32 where there is CUDA, else the
                                                                  small embedded model, at 10 steps, towards a class

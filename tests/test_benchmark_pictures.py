@@ -1,4 +1,4 @@
-"""benchmarks/critics.py, frontier.py, value_bias.py: what their figures show is what it says."""
+"""benchmarks/critics.py, frontier.py, pictures.py, value_bias.py: what their figures show is what it says."""
 
 import math
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.integrate import quad
 
-from benchmarks import critics, frontier, value_bias
+from benchmarks import critics, frontier, pictures, value_bias
 from benchmarks.algorithms import entry_of
 from benchmarks.critics import DESIGNS, SHOWN, critic_of, curves, fields
 from toy import catalogue
@@ -56,6 +56,23 @@ def test_a_curve_is_the_mean_over_seeds():
     }
     (row,) = curves(runs)
     assert (row["seeds"], row["regret"], row["regret_se"]) == (3, 2.0, pytest.approx(1 / math.sqrt(3)))
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_a_grid_is_copied_with_what_the_epoch_was(tmp_path):
+    out = tmp_path / "run"
+    (out / "pictures").mkdir(parents=True)
+    for epoch in (0, 4):
+        (out / "pictures" / f"epoch-{epoch:06d}.png").write_bytes(bytes([epoch]))
+    (out / "metrics.jsonl").write_text(
+        "".join(f'{{"epoch": {e}, "reward": {e / 2}, "kl": 1.0}}\n' for e in range(1, 5))
+    )
+    first, last = pictures.grids("sd15", out, tmp_path / "pictures")
+    assert (first["epoch"], first["reward"]) == (0, None)  # drawn before anything was learned
+    assert (last["epoch"], last["reward"], last["path_kl"]) == (4, 2.0, 1.0)
+    assert (tmp_path / last["file"]).read_bytes() == bytes([4])
 
 
 # ------------------------------------------------------------------------------------------------ frontier

@@ -12,7 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ctrl.algorithms
-from benchmarks import algorithms, discretization_error, faults, report, rollout, sd_tiny
+from benchmarks import (
+    algorithms,
+    critics,
+    discretization_error,
+    faults,
+    frontier,
+    pictures,
+    report,
+    rollout,
+    sd_tiny,
+    value_bias,
+)
 from benchmarks import cifar10 as forms
 from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
@@ -34,7 +45,8 @@ ALGORITHMS = [
 ]  # fmt: skip
 BENCHMARKS = [
     algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options, rollout.Options,
-    sd_tiny.SDTinyOptions, forms.CIFAROptions,
+    sd_tiny.SDTinyOptions, forms.CIFAROptions, critics.CriticOptions, frontier.FrontierOptions,
+    pictures.PictureOptions, value_bias.BiasOptions,
 ]  # fmt: skip
 SETTINGS = [
     fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, cifar10.Settings, cifar10.Evaluate,

@@ -49,6 +49,7 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
     for file in COMMITTED.glob("*.json"):
         shutil.copy(file, folder)
+    shutil.copytree(COMMITTED / "pictures", folder / "pictures")
     if not (folder / "sd_tiny.json").exists():
         (folder / "sd_tiny.json").write_text(json.dumps({"rows": list(made_up())}))
     return folder

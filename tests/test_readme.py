@@ -4,8 +4,10 @@ import importlib
 import json
 import re
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+import tyro
 
 import ctrl
 from toy import catalogue
@@ -25,6 +27,66 @@ def test_its_table_of_faults_is_what_was_measured():
     rows = json.loads((RESULTS / "faults.json").read_text())["rows"]
     table = [f"| {row['fault']} | {row['tried']} | {row['survived']} |" for row in rows]
     assert "\n".join(["| fault | tried | survived |", "|---|---|---|", *table]) in README
+
+
+def words(script):
+    """The arguments of each command of that script."""
+    commands = re.findall(rf"python {script}/(\w+)\.py([^`\n]*)", README)
+    return [(name, arguments.split()) for name, arguments in commands if name != "NAME"]
+
+
+@pytest.mark.parametrize(("name", "arguments"), words("benchmarks"), ids=lambda v: " ".join(v) if v != [] else "plain")
+def test_a_benchmark_takes_the_options_it_is_called_with(name, arguments):
+    main = importlib.import_module(f"benchmarks.{name}").main
+    (options, *_) = get_type_hints(main).values()
+    tyro.cli(options, args=arguments)
+
+
+@pytest.mark.parametrize(("name", "arguments"), words("scale"), ids=lambda v: " ".join(v) if v != [] else "plain")
+def test_a_command_line_takes_the_options_it_is_called_with(name, arguments, tmp_path, monkeypatch, capsys):
+    """On the embedded model, where there is a reward of one's own and a list of prompts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (reward,) = (block for block, _ in BLOCKS if block.startswith("def reward("))
+    Path("mymodule.py").write_text(reward)
+    Path("prompts.txt").write_text("a red circle on a white ground\n")
+    arguments = ["embedded" if "/" in word and before == "--model" else word
+                 for before, word in zip([None, *arguments], arguments, strict=False)]  # fmt: skip
+    importlib.import_module(f"scale.{name}").main([*arguments, "--dry-run"])
+    assert "evaluations of the UNet" in capsys.readouterr().out
+
+
+def rows(name, panel):
+    return [row for row in json.loads((RESULTS / f"{name}.json").read_text())["rows"] if row["panel"] == panel]
+
+
+def test_its_table_of_regrets_is_what_was_measured():
+    """To two digits."""
+    found = {(r["algorithm"], r["problem"]): r["regret"] for r in rows("algorithms", "regret") if r["steps"] == 20}
+    head, _, *lines = re.search(r"\n(\| \| lq-1d .*?)\n\n", README, re.DOTALL)[1].splitlines()
+    problems = [f"mixture-{name}" if name.startswith("2d-") else name for name in head.strip("| ").split(" | ")]
+    for line in lines:
+        algorithm, *cells = line.strip("| ").split(" | ")
+        assert [cell.removesuffix(" %") for cell in cells] == [
+            f"{100 * found[algorithm, problem]:#.2g}".rstrip(".") for problem in problems
+        ]
+
+
+def test_its_table_of_the_embedded_model_is_what_was_measured():
+    """In the order of the table, gains and their standard errors to three digits after the point."""
+    said = re.findall(r"\| (\d[\d,]*) \| ([\d.]+ ± [\d.]+) \| ([\d.]+) \|", README)
+    found = {
+        (f"{r['images']:,}", f"{r['gain']:.3f} ± {r['gain_se']:.3f}", f"{r['path_kl']:.1f}")
+        for r in (*rows("sd_tiny", "learning"), *rows("sd_tiny", "half"))
+    }
+    assert len(said) == 7 and set(said) <= found
+
+
+def test_its_pictures_are_there():
+    for file in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
+        assert (ROOT / file).is_file()
+    for name in re.findall(r"^\| `(\w+)\.py` \|", README, re.MULTILINE):
+        assert (ROOT / "paper_figures" / f"{name}.py").is_file()
 
 
 def test_it_names_every_problem():
