@@ -19,7 +19,6 @@ to go: V, and beta (a - s_ref), which is grad V at the optimum. Runs are kept in
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, check_among, kept, leave, table, write
+from benchmarks.report import Row, TrainingOptions, check_among, kept, leave, table, write
 from ctrl import COSINE, LINEAR, NetworkCritic, Skip, StructuredCritic
 from ctrl.algorithms import ActorCritic
 from ctrl.fit import Run, Settings, fit
@@ -57,19 +56,11 @@ TIMES_TO_GO, EXTENT, LATTICE = (0.6, 0.3, 0.1), 2.6, 17
 
 
 @dataclass(frozen=True)
-class CriticOptions(Options):
+class CriticOptions(TrainingOptions):
     """What this benchmark can be asked for."""
 
     design: tuple[str, ...] = DESIGNS
     """SKIP, INPUT: network, cosine, linear or constant, and x, x0hat or both."""
-    seeds: int = 3
-    """Runs of each, with seeds 0, 1, ..."""
-    trajectories: int = 5120
-    """Training trajectories a run."""
-    done: bool = False
-    """Only the table of the runs that are there."""
-    jobs: int = os.cpu_count() or 1
-    """Runs at a time, each on one thread."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

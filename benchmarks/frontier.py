@@ -13,7 +13,6 @@ each a mean over seeds with its standard error. Runs are kept, and shared with a
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.algorithms import FINAL, METHODS, Job, by_seed, carry_out, entry_of
-from benchmarks.report import Options, Row, check_among, number, table, write
+from benchmarks.report import Row, TrainingOptions, check_among, number, table, write
 from toy.scoreboard import reference_regret
 
 NAME, PROBLEM, STEPS = "frontier", "mixture-2d", 20
@@ -36,19 +35,11 @@ BETAS = (2.0, 1.0, 0.5, 0.25, 0.125)
 
 
 @dataclass(frozen=True)
-class FrontierOptions(Options):
+class FrontierOptions(TrainingOptions):
     """What this benchmark can be asked for."""
 
     method: tuple[str, ...] = ("actor-critic", "path-consistency", "ppo", "adjoint-matching", "ddpo-maruyama")
     """Names from METHODS of algorithms.py."""
-    seeds: int = 3
-    """Runs of each, with seeds 0, 1, ..."""
-    trajectories: int = 5120
-    """Training trajectories a run."""
-    done: bool = False
-    """Only the table of the runs that are there."""
-    jobs: int = os.cpu_count() or 1
-    """Runs at a time, each on one thread."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

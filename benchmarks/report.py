@@ -48,6 +48,20 @@ class Options:
         check_fields(self, LIMITS)
 
 
+@dataclass(frozen=True)
+class TrainingOptions(Options):
+    """What a benchmark of short training runs can be asked for besides."""
+
+    seeds: int = 3
+    """Runs of each, with seeds 0, 1, ..."""
+    trajectories: int = 5120
+    """Training trajectories a run."""
+    done: bool = False
+    """Only the table of the runs that are there."""
+    jobs: int = os.cpu_count() or 1
+    """Runs at a time, each on one thread."""
+
+
 def check_among(options: Options, **known: Iterable[str]) -> None:
     """Raise unless what each of these options names is known."""
     for name, names in known.items():

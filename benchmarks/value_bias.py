@@ -14,11 +14,9 @@ Runs are kept, and shared with algorithms.py.
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
@@ -31,7 +29,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.algorithms import Job, carry_out, entry_of, trained
-from benchmarks.report import Options, Row, table, write
+from benchmarks.report import Row, TrainingOptions, table, write
 from ctrl import Heun, Noise, grids, rollout
 from toy.catalogue import Entry
 from toy.gaussian import GaussianLaw
@@ -39,20 +37,6 @@ from toy.gaussian import GaussianLaw
 NAME, PROBLEM, METHOD, STEPS = "value_bias", "gaussian-1d", "actor-critic", 20
 ETAS = (0.25, 0.5, 0.75, 1.0, 1.5)
 FINE, SAMPLES = 100, 16_384
-
-
-@dataclass(frozen=True)
-class BiasOptions(Options):
-    """What this benchmark can be asked for."""
-
-    seeds: int = 3
-    """Runs at each eta, with seeds 0, 1, ..."""
-    trajectories: int = 5120
-    """Training trajectories a run."""
-    done: bool = False
-    """Only the table of the runs that are there."""
-    jobs: int = os.cpu_count() or 1
-    """Runs at a time, each on one thread."""
 
 
 def at(eta: float) -> str:
@@ -115,7 +99,7 @@ def law_of(y: Tensor) -> tuple[float, float]:
     return float(y.mean()), float(y.var())
 
 
-def main(options: BiasOptions) -> None:
+def main(options: TrainingOptions) -> None:
     """Train, print, write."""
     began = time.perf_counter()
     etas, seeds, trajectories = (ETAS[:1], 1, 512) if options.quick else (ETAS, options.seeds, options.trajectories)
@@ -136,6 +120,6 @@ def main(options: BiasOptions) -> None:
 
 if __name__ == "__main__":
     try:
-        main(tyro.cli(BiasOptions, description=__doc__))
+        main(tyro.cli(TrainingOptions, description=__doc__))
     except ValueError as wrong:
         sys.exit(str(wrong))

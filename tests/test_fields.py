@@ -22,7 +22,6 @@ from benchmarks import (
     report,
     rollout,
     sd_tiny,
-    value_bias,
 )
 from benchmarks import cifar10 as forms
 from ctrl import NotFinite, fit
@@ -46,7 +45,7 @@ ALGORITHMS = [
 BENCHMARKS = [
     algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options, rollout.Options,
     sd_tiny.SDTinyOptions, forms.CIFAROptions, critics.CriticOptions, frontier.FrontierOptions,
-    pictures.PictureOptions, value_bias.BiasOptions,
+    pictures.PictureOptions, report.TrainingOptions,
 ]  # fmt: skip
 SETTINGS = [
     fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, cifar10.Settings, cifar10.Evaluate,
