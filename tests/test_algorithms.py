@@ -473,9 +473,22 @@ def test_the_energy_descends_its_loss():
     inverse = InverseRL(AdjointMatching(), lambda ids: data[ids], 0.2)
     run = SimpleNamespace(problem=problem)
     ends = SimpleNamespace(x=x, ids=torch.arange(50), cond=None)
-    (found,) = torch.autograd.grad(inverse.loss(run, ends).mean(), problem.reward.w)
+    (found,) = torch.autograd.grad(inverse.loss(run, 0, ends).mean(), problem.reward.w)
     exact = x.mean() - data.mean() + 2 * 0.2 * 0.3 * (x.square().mean() + data.square().mean())
     torch.testing.assert_close(found, exact)
+
+
+def test_no_datum_is_seen_twice_before_all_others():
+    """Each update of each epoch asks for ids of its own."""
+    problem, seen = dataclasses.replace(catalogue.get("gaussian-1d").problem, reward=Linearly()), []
+
+    def data(ids):
+        seen.extend(ids.tolist())
+        return torch.zeros(len(ids), 1)
+
+    inverse = InverseRL(AdjointMatching(1, 8), data, updates=3)
+    fit(problem, Policy(problem), inverse, settings=Settings(epochs=2, samples=8, steps=4, progress=False))
+    assert sorted(seen) == list(range(2 * 3 * 8))
 
 
 @pytest.mark.parametrize("algorithm", [TDForm(evaluation=ALONE), NextValue(evaluation=ALONE)], ids=["TD", "next value"])

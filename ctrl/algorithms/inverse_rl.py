@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class InverseRL(Around):
     """`algorithm`, learning from the reward as it is now.
 
     Attributes:
-        data: data(ids) -> (n, *D), one datum for each sample id.
+        data: data(ids) -> (n, *D), one datum for each id; an update has ids that no other has.
         squares: weight of the energies' squares, which keeps them in bounds.
         updates: optimiser steps of the reward an epoch.
     """
@@ -46,15 +47,15 @@ class InverseRL(Around):
     def learn(self, run: Run) -> None:
         batch = run.replay.batches[-1]
         ends = run.nodes(batch, range(batch.steps, batch.steps + 1))
-        for _ in range(self.updates):
-            run.update("reward", lambda n: self.loss(run, n), ends, run.settings.samples)
+        for i in range(self.updates):
+            run.update("reward", partial(self.loss, run, i), ends, run.settings.samples)
         batch.trajectory = run.rewarded(batch.trajectory)
         self.algorithm.learn(run)
 
-    def loss(self, run: Run, ends: Nodes) -> Tensor:
-        """(n,), of final states and as many data."""
+    def loss(self, run: Run, i: int, ends: Nodes) -> Tensor:
+        """(n,), of final states and as many data, others in each update."""
         samples = run.problem.reward(ends.x, ends.cond)
-        data = run.problem.reward(self.data(ends.ids).to(ends.x), ends.cond)
+        data = run.problem.reward(self.data(self.updates * ends.ids + i).to(ends.x), ends.cond)
         return samples - data + self.squares * (samples.square() + data.square())
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
