@@ -94,7 +94,9 @@ METHODS: dict[str, Method] = {  # learning rates other than the default's are wh
     "actor-critic-structured": Method(ActorCritic, critic=StructuredCritic),
     "actor-critic-torchsde": Method(ActorCritic, {"solver": AdaptiveEuler()}),
     "path-consistency": Method(PathConsistency, _LARGE),
-    "policy-iteration": Method(PolicyIteration, _LARGE),
+    "policy-iteration": Method(
+        PolicyIteration, {**_LARGE, "lr": 1.5e-3, "critic_lr": 6e-3}
+    ),  # at the default rates it runs away
     "ppo": Method(PPOPenalty, _LARGE),
     "adjoint-matching": Method(AdjointMatching, {**_LARGE, "lr": 2.5e-3}),
     "ddpo-maruyama": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),

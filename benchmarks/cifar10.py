@@ -38,15 +38,19 @@ from scale.diffusion import Score, pictures_of
 from scale.evaluate import nats
 
 NAME = "cifar10"
+LEARNED: dict[str, Any] = {
+    "beta": 0.05, "energy_updates": 40, "energy_squares": 0.5, "critic": "structured", "critic_width": 32, "ema": 0.8,
+}  # fmt: skip
+"""Of the embedded settings, what an energy wants otherwise: it must learn faster than the policy follows it."""
 METHODS: dict[str, dict[str, Any]] = {
-    "actor-critic": {"options": ("nodes=128", "critic_updates=20", "actor_updates=4", "keep=1", "nats=inf")},
-    "td-form": {"options": ("nodes=128", "updates=4", "evaluation.critic_updates=20", "evaluation.nodes=128")},
-    "next-value": {"options": ("nodes=128", "updates=4", "evaluation.critic_updates=20", "evaluation.nodes=128")},
-    "ddpo": {"options": ("nodes=128", "passes=1")},
+    "actor-critic": {"options": ("nodes=64", "critic_updates=8", "actor_updates=6", "keep=1", "nats=inf")},
+    "td-form": {"options": ("nodes=64", "updates=6", "evaluation.critic_updates=8", "evaluation.nodes=64")},
+    "next-value": {"options": ("nodes=64", "updates=6", "evaluation.critic_updates=8", "evaluation.nodes=64")},
+    "ddpo": {"options": ("nodes=64", "passes=1"), "critic": "network"},
 }
-RATES = (3e-5, 1e-4, 3e-4)
+RATES = (1e-5, 2e-5, 5e-5)
 """Of the search."""
-RATE = {"actor-critic": 1e-4, "td-form": 1e-4, "next-value": 1e-4, "ddpo": 1e-4}
+RATE = {"actor-critic": 2e-5, "td-form": 2e-5, "next-value": 2e-5, "ddpo": 2e-5}
 """To be searched for (`--tune`): these are where it starts."""
 STEPS, WINDOW = 10, 4
 """Epochs whose pictures make one point of the curve."""
@@ -106,7 +110,7 @@ class Job:
         return replace(
             s, reward=cifar10.ENERGY, data=self.data, seed=self.seed, out=out, log_with="none", pictures_every=0,
             algorithm=self.method, lr=RATE[self.method] if self.lr is None else self.lr,
-            epochs=self.images // s.samples, **METHODS[self.method],
+            epochs=self.images // s.samples, **(LEARNED | METHODS[self.method]),
         )  # fmt: skip
 
 

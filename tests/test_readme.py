@@ -72,6 +72,16 @@ def test_its_table_of_regrets_is_what_was_measured():
         ]
 
 
+def test_its_table_of_algorithms_is_what_was_measured():
+    """All of them, the best first: regret and its standard error, and trajectories to 10 %."""
+    found = [r for r in rows("algorithms", "regret") if r["problem"] == "mixture-2d" and r["steps"] == 20]
+    table = []
+    for row in sorted(found, key=lambda r: r["regret"]):
+        regret, late = f"{100 * row['regret']:.2f} ± {100 * row['regret_se']:.2f} %", row["to_10pct"]
+        table.append(f"| {row['algorithm']} | {regret} | {'-' if late is None else f'{late:,.0f}'} |")
+    assert "\n".join(table) in README
+
+
 def test_its_table_of_the_embedded_model_is_what_was_measured():
     """In the order of the table, gains and their standard errors to three digits after the point."""
     said = re.findall(r"\| (\d[\d,]*) \| ([\d.]+ ± [\d.]+) \| ([\d.]+) \|", README)
