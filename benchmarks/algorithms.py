@@ -32,11 +32,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 from typing import Any
 
 import torch
-import tyro
 from accelerate import Accelerator
 from matplotlib.figure import Figure
 from scipy.stats import t as student
@@ -45,7 +44,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, carried_out, number, table, write
+from benchmarks.report import Options, Row, carried_out, command_line, number, over_seeds, table, those_there, write
 from ctrl import (
     Estimate,
     EulerMaruyama,
@@ -89,7 +88,8 @@ class Method:
 
 _LARGE: dict[str, Any] = {"samples": 256}  # trajectories an epoch; DDPO was tried with 64 too, and is no faster
 _CHAIN: dict[str, Any] = {**_LARGE, "jitter": 0.0, "solver": EulerMaruyama(), "grid": grids.uniform}
-METHODS: dict[str, Method] = {  # learning rates other than the default's are what `--tune` found
+# learning rates other than the default's are what `--tune` found, but for policy iteration's
+METHODS: dict[str, Method] = {
     "actor-critic": Method(ActorCritic),
     "actor-critic-structured": Method(ActorCritic, critic=StructuredCritic),
     "actor-critic-torchsde": Method(ActorCritic, {"solver": AdaptiveEuler()}),
@@ -289,7 +289,7 @@ def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, de
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
     if done:
-        return [json.loads(file.read_text()) for file in files.values() if file.exists()]
+        return [json.loads(file.read_text()) for file in those_there(files, store).values()]
     kept = {job for job, file in files.items() if file.exists() and file.with_suffix(".pt").exists()}
     missing = [job for job in files if job not in kept or ":" in job.method]  # a user's own may have changed
     carried_out(run, [(job, store, device) for job in missing], workers, len(jobs))
@@ -334,12 +334,11 @@ def learning_curves(runs: Iterable[Row]) -> Iterator[Row]:
 
 def about(regrets: list[float]) -> Row:
     """Mean, its standard error, its upper 95 % bound, the worst."""
-    n = len(regrets)
-    se = stdev(regrets) / n**0.5 if n > 1 else None
+    n, found = len(regrets), over_seeds("regret", regrets)
+    t = float(student.ppf(0.95, n - 1)) if n > 1 else None
     return {
-        "regret": mean(regrets) if n else None,
-        "regret_se": se,
-        "regret_upper": None if se is None else mean(regrets) + float(student.ppf(0.95, n - 1)) * se,
+        **found,
+        "regret_upper": None if t is None else number(found, "regret") + t * number(found, "regret_se"),
         "regret_worst": max(regrets, default=None),
     }
 
@@ -447,10 +446,6 @@ def main(options: AlgorithmOptions) -> None:
         print("->", write(NAME, options, rows, began, part="tuning"))
         return
     runs = carry_out(jobs_of(options), options.out / f"{NAME}.runs", options.jobs, options.done)
-    if not runs:
-        raise ValueError(
-            f"done: there are no runs in {options.out / f'{NAME}.runs'} yet; leave --done out to make them"
-        )
     rows = sorted(summarise(runs), key=lambda r: (str(r["problem"]), int(number(r, "steps")), r["regret"] or math.inf))
     print(table(rows, COLUMNS))
     if apart := spread(rows):
@@ -462,7 +457,4 @@ def main(options: AlgorithmOptions) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(AlgorithmOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, AlgorithmOptions, __doc__)

@@ -5,7 +5,7 @@ the gradient form <grad V, B a> (actor-critic), the TD form, DxMI's own next val
 settings, in as many pictures, its learning rate from the same search (`--tune`). `--data` is a folder of CIFAR-10.
 
     frechet         between the judging classifier's features of JUDGED new pictures and of the training data's, not FID
-    best untuned    the least of the untuned model's by any sampler at ten steps: ancestral, DDIM, DPM-Solver++, UniPC
+    best untuned    the least of the untuned model's by any sampler at ten steps (SAMPLERS of scale/pixels.py)
 
 Runs are kept in OUT/cifar10.runs, so that an interrupted run goes on.
 """
@@ -20,17 +20,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 from zlib import crc32
 
 import torch
-import tyro
+from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, check_among, kept, leave, table, write
+from benchmarks.colours import COLOURS
+from benchmarks.report import Options, Row, check_among, command_line, kept, leave, number, over_seeds, table, write
 from scale import cifar10, pixels, tuning
 from scale.cifar10 import Settings
 from scale.classifiers import Moments, diversity, features, frechet, histogram
@@ -52,7 +53,7 @@ RATES = (1e-5, 2e-5, 5e-5)
 """Of the search."""
 RATE = {"actor-critic": 2e-5, "td-form": 2e-5, "next-value": 2e-5, "ddpo": 2e-5}
 """To be searched for (`--tune`): these are where it starts."""
-STEPS, WINDOW = 10, 4
+WINDOW = 4
 """Epochs whose pictures make one point of the curve."""
 
 
@@ -73,14 +74,14 @@ class CIFAROptions(Options):
     tune: bool = False
     """Try the learning rates, with one seed that is not among the others, instead."""
     done: bool = False
-    """Only the table of the runs that are there."""
+    """Only the table and the figure of the runs that are there."""
     jobs: int = os.cpu_count() or 1
     """Runs at a time, each on one thread."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_among(self, method=METHODS)
-        if self.data is None and not self.done:
+        if self.data is None:
             raise ValueError("data must be given: --data FOLDER with CIFAR-10, whose energy is learned")
 
 
@@ -180,9 +181,8 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         group = [r for job, r in runs.items() if job.method == method]
         found = [r["frechet"] for r in group]
         yield {
-            "panel": "forms", "algorithm": method, "seeds": len(group), "steps": STEPS,
-            "images": max(job.images for job in runs if job.method == method), "frechet": mean(found),
-            "frechet_se": stdev(found) / len(found) ** 0.5 if len(found) > 1 else None,
+            "panel": "forms", "algorithm": method, "seeds": len(group),
+            "images": max(job.images for job in runs if job.method == method), **over_seeds("frechet", found),
             **{name: mean(r[name] for r in group)
                for name in ("path_kl", "diversity", "largest_class", "network_calls", "seconds")},
         }  # fmt: skip
@@ -191,12 +191,34 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
             yield {"panel": "curve", "algorithm": job.method, "seed": job.seed, "images": images, "frechet": value}
 
 
+def draw(rows: list[Row]) -> Figure:
+    """Frechet distance while training, a line a seed; and at the end, beside the untuned model by each sampler."""
+    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    curves = [r for r in rows if r["panel"] == "curve"]
+    for method, seed in dict.fromkeys((str(r["algorithm"]), r["seed"]) for r in curves):
+        line = [r for r in curves if (r["algorithm"], r["seed"]) == (method, seed)]
+        label = method if seed == curves[0]["seed"] else None
+        images, distance = ([number(r, name) for r in line] for name in ("images", "frechet"))
+        left.plot(images, distance, color=COLOURS[method], linewidth=1.2, label=label)
+    left.set(xlabel="pictures drawn", ylabel=f"Frechet distance, last {WINDOW} epochs")
+    left.legend(frameon=False)
+    ends = [r for r in rows if r["panel"] in ("untuned", "forms")]
+    names = [str(r["sampler"] if r["panel"] == "untuned" else r["algorithm"]) for r in ends]
+    for i, (row, name) in enumerate(zip(ends, names, strict=True)):
+        right.errorbar(number(row, "frechet"), i, xerr=float(row.get("frechet_se") or 0), marker="o", capsize=2,
+                       color=COLOURS.get(name, "#777777"))  # fmt: skip
+    right.set_yticks(range(len(ends)), labels=[f"{n}, untuned" if n in pixels.SAMPLERS else n for n in names])
+    right.set(xlabel="Frechet distance at the end (± s.e. over seeds)")
+    for ax in (left, right):
+        ax.grid(alpha=0.3)
+    return figure
+
+
 def main(o: CIFAROptions) -> None:
     """Train, print, write."""
     began = time.perf_counter()
     runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
-    if not runs:
-        raise ValueError(f"done: there are no runs in {o.out / f'{NAME}.runs'} yet; leave --done out to make them")
     if o.tune:
         rows: list[Row] = [
             {"algorithm": j.method, "lr": j.lr, "frechet": r["frechet"], "path_kl": r["path_kl"]}
@@ -210,11 +232,9 @@ def main(o: CIFAROptions) -> None:
         shown = [r for r in rows if r["panel"] == panel]
         print(table(shown, [name for name in shown[0] if name != "panel"]) if shown else f"no {panel}")
     path = write(NAME, o, rows, began)
-    print(f"-> {path}; drawn by paper_figures/cifar10.py")
+    draw(rows).savefig(path.with_suffix(".png"), dpi=150)
+    print(f"-> {path}, {path.with_suffix('.png').name}")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(CIFAROptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, CIFAROptions, __doc__)

@@ -25,16 +25,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
 
 import torch
-import tyro
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Row, TrainingOptions, check_among, kept, leave, table, write
+from benchmarks.report import Row, TrainingOptions, check_among, command_line, kept, leave, over_seeds, table, write
 from ctrl import COSINE, LINEAR, NetworkCritic, Skip, StructuredCritic
 from ctrl.algorithms import ActorCritic
 from ctrl.fit import Run, Settings, fit
@@ -117,7 +115,7 @@ def run(job: Job, store: Path) -> None:
             looks.append({"trajectories": n} | dict(zip(MEASURES, map(float, errors), strict=True)))
 
     fit(entry.problem, policy, ActorCritic(), critic=critic, settings=settings, callbacks=[look])
-    field = list(fields(policy, critic)) if job.design == SHOWN and job.seed == 0 else []
+    field = list(fields(policy, critic)) if job.design == SHOWN else []
     leave({"looks": looks, "field": field}, store, job.key)
 
 
@@ -147,9 +145,7 @@ def curves(found: dict[Job, dict[str, Any]]) -> Iterator[Row]:
             row: Row = {"panel": "curve", "problem": PROBLEM, "design": design, "steps": STEPS, "seeds": len(points),
                         "trajectories": points[0]["trajectories"]}  # fmt: skip
             for name in MEASURES:
-                values = [point[name] for point in points]
-                row[name] = mean(values)
-                row[f"{name}_se"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+                row |= over_seeds(name, [point[name] for point in points])
             yield row
 
 
@@ -163,12 +159,10 @@ def main(options: CriticOptions) -> None:
     rows = list(curves(found))
     last = [row for row in rows if row["trajectories"] == trajectories]
     print(table(last, ["design", "seeds", *(f"{name}{end}" for name in MEASURES for end in ("", "_se"))]))
-    path = write(NAME, options, [*rows, *(row for run in found.values() for row in run["field"])], began)
+    shown: list[Row] = next((run["field"] for job, run in found.items() if job.design == SHOWN), [])
+    path = write(NAME, options, [*rows, *shown], began)
     print(f"-> {path}; drawn by paper_figures/critic_designs.py and learned_fields.py")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(CriticOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, CriticOptions, __doc__)

@@ -45,7 +45,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ from benchmarks import trained
 from benchmarks.colours import COLOURS
 from benchmarks.estimators import copies
 from benchmarks.moments import CALLS, ESTIMATORS, Case, integrated, trajectory
-from benchmarks.report import Options, Row, number, table, write
+from benchmarks.report import Options, Row, command_line, number, table, write
 from ctrl import (
     DDIM,
     Estimate,
@@ -497,7 +496,4 @@ def main(options: BiasOptions) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    try:
-        main(tyro.cli(BiasOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, BiasOptions, __doc__)

@@ -19,15 +19,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
-import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.algorithms import FINAL, METHODS, Job, by_seed, carry_out, entry_of
-from benchmarks.report import Row, TrainingOptions, check_among, number, table, write
+from benchmarks.report import Row, TrainingOptions, check_among, command_line, number, over_seeds, table, write
+from toy import catalogue
 from toy.scoreboard import reference_regret
 
 NAME, PROBLEM, STEPS = "frontier", "mixture-2d", 20
@@ -54,7 +53,7 @@ def at(beta: float) -> str:
 def exact() -> Iterator[Row]:
     """The frontier, a row a beta."""
     for beta in np.geomspace(4 * max(BETAS), min(BETAS) / 2, 33):
-        optimum = entry_of(at(beta)).exact
+        optimum = catalogue.varied(PROBLEM, beta=float(beta)).exact
         J, reward = float(optimum.J_optimal().mean), float(optimum.reward_optimal().mean)
         yield {"panel": "exact", "problem": PROBLEM, "beta": float(beta), "reward": reward,
                "path_kl": (reward - J) / beta}  # fmt: skip
@@ -70,10 +69,7 @@ def learned(runs: list[Row]) -> Iterator[Row]:
         row: Row = {"panel": "learned", "problem": PROBLEM, "algorithm": method, "beta": beta, "steps": steps,
                     "trajectories": group[0]["trajectories"], "seeds": len(group),
                     "failed": len(group) - len(done)}  # fmt: skip
-        for name, values in {"path_kl": kl, "reward": rewards, "short": short}.items():
-            row[name] = mean(values) if values else None
-            row[f"{name}_se"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        yield row
+        yield row | over_seeds("path_kl", kl) | over_seeds("reward", rewards) | over_seeds("short", short)
 
 
 def main(options: FrontierOptions) -> None:
@@ -95,7 +91,4 @@ def main(options: FrontierOptions) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(FrontierOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, FrontierOptions, __doc__)

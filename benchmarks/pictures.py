@@ -1,7 +1,11 @@
 """The default run of each command line on its embedded model, and what it draws on the way, always from the same noise.
 
-Leaves the grids of pictures in OUT/pictures, and in the results file a row a grid: the run, the epoch, and the reward
-and path KL of the epoch before it. Runs are kept in OUT/pictures.runs, so that an interrupted one goes on.
+Leaves the grids of pictures in OUT/pictures, and in the results file
+
+    grid        a row a grid: the run, the epoch, and the reward and path KL of the epoch before it
+    evaluation  a row a run: every number of its evaluation.json
+
+Runs are kept in OUT/pictures.runs, so that an interrupted one goes on.
 """
 
 from __future__ import annotations
@@ -15,11 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, check_among, table, write
+from benchmarks.report import Options, Row, check_among, command_line, table, write
 from scale import cifar10, sd15
 from scale.settings import Tuning
 
@@ -43,10 +45,11 @@ class PictureOptions(Options):
 
 def carry_out(name: str, store: Path, quick: bool) -> Path:
     """The folder of the run, which is made or gone on with."""
-    (kind, train), out = RUNS[name], store / name
+    (kind, train), out = RUNS[name], store / (f"{name}-quick" if quick else name)
     if not (out / "evaluation.json").exists():
         s = replace(kind.read(kind.embedded), out=out, resume=(out / "config.json").exists())
-        small = {"epochs": 1, "samples": 8, "pretrain": 0, "eval_samples": 4, "eval_steps": (), "options": ()}
+        small = {"epochs": 1, "samples": 8, "pretrain": 0, "eval_samples": 4, "eval_steps": (),
+                 "options": ("nodes=8", "updates=1")}  # fmt: skip
         train(replace(s, **small) if quick else s)
     return out
 
@@ -63,19 +66,21 @@ def grids(name: str, out: Path, folder: Path) -> Iterator[Row]:
                "reward": seen.get("reward"), "path_kl": seen.get("kl")}  # fmt: skip
 
 
+def evaluated(name: str, out: Path) -> Row:
+    """The run's evaluation, but for what is itself a table."""
+    found = json.loads((out / "evaluation.json").read_text())
+    return {"panel": "evaluation", "run": name} | {k: v for k, v in found.items() if not isinstance(v, dict | list)}
+
+
 def main(o: PictureOptions) -> None:
     """Train, copy, print, write."""
     began = time.perf_counter()
-    rows = [
-        row for name in o.run
-        for row in grids(name, carry_out(name, o.out / f"{NAME}.runs", o.quick), o.out / NAME)
-    ]  # fmt: skip
+    outs = {name: carry_out(name, o.out / f"{NAME}.runs", o.quick) for name in o.run}
+    rows = [row for name, out in outs.items() for row in grids(name, out, o.out / NAME)]
     print(table(rows, ["run", "epoch", "reward", "path_kl", "file"]))
-    print(f"-> {write(NAME, o, rows, began)}; drawn by paper_figures/sample_grids.py")
+    path = write(NAME, o, [*rows, *(evaluated(name, out) for name, out in outs.items())], began)
+    print(f"-> {path}; drawn by paper_figures/sample_grids.py")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(PictureOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, PictureOptions, __doc__)

@@ -1,7 +1,8 @@
 """What every benchmark shares: its options, its results file, its table.
 
 A results file is JSON: {"name", "command", "seed", "versions", "device", "seconds", "rows": [flat records]}. The
-command is the shortest one that asks for the same run; where the file is written is no part of it.
+command is the shortest one that asks for the same run; where the file is written is no part of it. The seconds are
+those of the last time it was given, without runs that were kept from before.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -16,9 +18,11 @@ from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 import torch
+import tyro
 from tqdm import tqdm
 
 from ctrl.fields import check_fields
@@ -62,6 +66,14 @@ class TrainingOptions(Options):
     """Runs at a time, each on one thread."""
 
 
+def command_line(main: Callable[[Any], Any], kind: type[Options], doc: str | None) -> None:
+    """main(options), as the words on the command line have them; an error of the user's without a traceback."""
+    try:
+        main(tyro.cli(kind, description=doc))
+    except ValueError as wrong:
+        sys.exit(str(wrong))
+
+
 def check_among(options: Options, **known: Iterable[str]) -> None:
     """Raise unless what each of these options names is known."""
     for name, names in known.items():
@@ -85,12 +97,30 @@ def kept(
     work: Callable[..., Any], jobs: Sequence[Any], store: Path, workers: int, *, done: bool = False
 ) -> dict[Any, Any]:
     """What work(job, STORE) left in STORE/{job.key}.json for each job. Where the file is there it is not done again;
-    with `done` none is."""
+    with `done` none is, and there must be some."""
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
-    missing = [] if done else [job for job in jobs if not files[job].exists()]
+    if done:
+        files = those_there(files, store)
+    missing = [job for job in files if not files[job].exists()]
     carried_out(work, [(job, store) for job in missing], workers, len(jobs))
-    return {job: json.loads(file.read_text()) for job, file in files.items() if file.exists()}
+    return {job: json.loads(file.read_text()) for job, file in files.items()}
+
+
+def those_there(files: dict[Any, Path], store: Path) -> dict[Any, Path]:
+    """The files that exist."""
+    there = {job: file for job, file in files.items() if file.exists()}
+    if not there:
+        raise ValueError(f"done: there are no runs in {store} yet; leave --done out to make them")
+    return there
+
+
+def over_seeds(name: str, values: Sequence[float]) -> Row:
+    """NAME, the mean, and NAME_se, its standard error; None where there are too few values."""
+    return {
+        name: mean(values) if values else None,
+        f"{name}_se": stdev(values) / len(values) ** 0.5 if len(values) > 1 else None,
+    }
 
 
 def leave(row: Any, store: Path, key: str) -> None:

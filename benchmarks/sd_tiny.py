@@ -33,13 +33,12 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-import tyro
 from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, check_among, kept, leave, number, table, write
+from benchmarks.report import Options, Row, check_among, command_line, kept, leave, number, table, write
 from scale import sd15
 from scale.settings import EMBEDDED, Settings
 
@@ -244,8 +243,6 @@ def main(o: SDTinyOptions) -> None:
     """Train, print, write."""
     began = time.perf_counter()
     runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
-    if not runs:
-        raise ValueError(f"done: there are no runs in {o.out / f'{NAME}.runs'} yet; leave --done out to make them")
     if o.tune:
         rows: list[Row] = [
             {"reward": j.reward, "algorithm": j.method, "lr": j.lr, "last": smoothed(r["curve"])[-1][1],
@@ -265,7 +262,4 @@ def main(o: SDTinyOptions) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(SDTinyOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, SDTinyOptions, __doc__)

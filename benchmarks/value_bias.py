@@ -19,17 +19,15 @@ import time
 from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
-from statistics import mean, stdev
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.algorithms import Job, carry_out, entry_of, trained
-from benchmarks.report import Row, TrainingOptions, table, write
+from benchmarks.report import Row, TrainingOptions, command_line, over_seeds, table, write
 from ctrl import Heun, Noise, grids, rollout
 from toy.catalogue import Entry
 from toy.gaussian import GaussianLaw
@@ -46,9 +44,10 @@ def at(eta: float) -> str:
 
 def rho(entry: Entry) -> float:
     """The correlation of Y_0 and Y_T under the reference, started where the noised data are."""
-    end, start = (entry.exact.variances(torch.tensor(s))[1] for s in (entry.exact.s_min, entry.exact.s_max))
-    phi, _, _ = entry.exact.transition(torch.tensor(entry.exact.s_max, dtype=torch.float64))
-    return float(phi * (start / end).sqrt())
+    end, start = torch.tensor([entry.exact.s_min, entry.exact.s_max], dtype=torch.float64)
+    _, variances = entry.exact.variances(torch.stack([end, start]))
+    phi, _, _ = entry.exact.transition(start)
+    return float(phi * (variances[1] / variances[0]).sqrt())
 
 
 def away(m: float, v: float, target: GaussianLaw) -> float:
@@ -64,8 +63,7 @@ def row(eta: float, entry: Entry, panel: str, laws: list[tuple[float, float]]) -
                   "target_mean": float(target.mean), "target_variance": float(target.covariance)}  # fmt: skip
     for name, values in {"mean": [m for m, _ in laws], "variance": [v for _, v in laws],
                          "kl_to_target": [away(m, v, target) for m, v in laws]}.items():  # fmt: skip
-        found[name] = mean(values)
-        found[f"{name}_se"] = stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        found |= over_seeds(name, values)
     return found
 
 
@@ -106,20 +104,11 @@ def main(options: TrainingOptions) -> None:
     jobs = [Job(at(eta), METHOD, STEPS, options.seed + seed, trajectories) for seed, eta in product(range(seeds), etas)]
     store = options.out / "algorithms.runs"
     carry_out(jobs, store, options.jobs, options.done)
-    rows = [*exact(), *learned(jobs, store)]
-    columns = [
-        "eta",
-        "rho",
-        "seeds",
-        *(f"{name}{end}" for name in ("mean", "variance", "kl_to_target") for end in ("", "_se")),
-    ]
-    print(table(rows[-len(etas) :], [*columns, "target_mean", "target_variance"]))
-    path = write(NAME, options, rows, began)
+    found = list(learned(jobs, store))
+    print(table(found, [name for name in found[0] if name not in ("panel", "problem")]))
+    path = write(NAME, options, [*exact(), *found], began)
     print(f"-> {path}; drawn by paper_figures/value_bias.py")
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(TrainingOptions, description=__doc__))
-    except ValueError as wrong:
-        sys.exit(str(wrong))
+    command_line(main, TrainingOptions, __doc__)

@@ -421,7 +421,7 @@ class Sample(tuning.Sample):
     """Pictures from a run, or from the model it began with."""
 
     sampler: str | None = None
-    """ancestral, ddim, dpmsolver++ or unipc; by default that of the run's evaluation."""
+    """ancestral, ddim, dpmsolver++, sde-dpmsolver++ or unipc; by default that of the run's evaluation."""
     steps: int | None = None
     """Time steps; by default those of training."""
 

@@ -478,8 +478,8 @@ def test_the_energy_descends_its_loss():
     torch.testing.assert_close(found, exact)
 
 
-def test_no_datum_is_seen_twice_before_all_others():
-    """Each update of each epoch asks for ids of its own."""
+def test_each_update_sees_data_of_its_own():
+    """In each epoch."""
     problem, seen = dataclasses.replace(catalogue.get("gaussian-1d").problem, reward=Linearly()), []
 
     def data(ids):

@@ -101,14 +101,13 @@ def test_no_point_is_above_the_frontier_and_no_regret_is_on_it():
 
 
 def test_the_frontier_rises_at_slope_beta():
-    """dE r/dKL = beta along it (the envelope theorem), by differences of second order."""
+    """dE r/dKL = beta along it (the envelope theorem): by the mean value theorem a chord's slope lies between those of
+    its ends."""
     rows = list(frontier.exact())
     beta, kl, reward = (np.array([row[name] for row in rows]) for name in ("beta", "path_kl", "reward"))
     assert (np.diff(kl) > 0).all() and (np.diff(reward) > 0).all()
     slopes = np.diff(reward) / np.diff(kl)
-    between = np.sqrt(beta[1:] * beta[:-1])
-    step = np.log(beta[0] / beta[1])
-    assert np.abs(slopes / between - 1).max() < step**2  # the chord's error is a fraction of it
+    assert ((beta[1:] < slopes) & (slopes < beta[:-1])).all()
 
 
 # ---------------------------------------------------------------------------------------------- value bias
@@ -130,10 +129,12 @@ def test_the_memory_is_the_integral(eta):
 
 
 def test_without_memory_there_is_no_bias_and_with_it_no_change():
-    rows = {round(row["eta"], 6): row for row in value_bias.exact()}
-    remembers, forgets = rows[min(rows)], rows[max(rows)]
-    assert remembers["rho"] > 0.98 and forgets["rho"] < 1e-6
-    assert forgets["kl_to_target"] < 1e-9 < 0.1 < remembers["kl_to_target"]
+    """The bias grows with rho, and is of order rho² where that is small."""
+    rho, bias = (np.array([row[name] for row in value_bias.exact()]) for name in ("rho", "kl_to_target"))
+    assert rho[0] > 0.98 and (np.diff(rho) < 0).all() and (np.diff(bias[rho > 1e-3]) < 0).all()
+    small = (rho > 1e-4) & (rho < 3e-2)  # rounding is below, higher orders above
+    slopes = np.diff(np.log(bias[small])) / np.diff(np.log(rho[small]))
+    assert len(slopes) >= 3 and np.abs(slopes - 2).max() < 0.1
 
 
 def test_away_is_the_kl_of_two_gaussians():

@@ -92,6 +92,26 @@ def test_its_table_of_the_embedded_model_is_what_was_measured():
     assert len(said) == 7 and set(said) <= found
 
 
+def test_what_it_says_of_the_default_runs_is_what_was_measured():
+    runs = {row["run"]: row for row in rows("pictures", "evaluation")}
+    sd, cifar = runs["sd15"], runs["cifar10"]
+    gap = sd["ceiling"] - sd["reward_before"]
+    text = " ".join(README.split())
+    for said in (
+        f"closes {100 * sd['gain'] / gap:.0f} % (standard error {100 * sd['gain_se'] / gap:.1f} %) of the way from ",
+        f"from {sd['reward_before']:.2f} to the {sd['ceiling']:.2f} that",
+        f"for {sd['path_kl']:.1f} nats of path KL (`python benchmarks/pictures.py`)",
+        f"goes from {sd['other_before']:.2f} to {sd['other_after']:.2f}.",
+        f"goes from {cifar['reward_before']:.2f} to {cifar['reward_after']:.2f}, where the best untuned sampler at as ",
+        f"many steps, UniPC, has {cifar['reward_best_untuned']:.2f}: a gain of {cifar['gain']:.2f} ± ",
+        f": a gain of {cifar['gain']:.2f} ± {cifar['gain_se']:.2f}",
+        f"for {cifar['path_kl']:.2f} nats of path KL.",
+        f"goes from {cifar['frechet_before']:.1f} to {cifar['frechet_after']:.1f}:",
+    ):
+        assert said in text
+    assert cifar["best_untuned"] == "unipc" and cifar["samples"] == 256
+
+
 def test_its_pictures_are_there():
     for file in re.findall(r"!\[[^]]*\]\(([^)]*)\)", README):
         assert (ROOT / file).is_file()

@@ -230,15 +230,11 @@ def get(name: str) -> Entry:
 
 
 @cache
-def varied(name: str, **changes: Any) -> Entry:
-    """The diffusion of that name with another beta or eta, which is a problem of its own with exact answers too."""
-    entry = get(name)
-    if isinstance(entry.exact, GaussianDiffusion):
-        return _gaussian(_said(name, changes), dataclasses.replace(entry.exact, **changes))
-    if isinstance(entry.exact, MixtureDiffusion) and isinstance(entry.exact.reward, QuadraticReward):
-        return _mixture(_said(name, changes), dataclasses.replace(entry.exact, **changes))
-    raise ValueError(f"{name} has no beta or eta that can be varied: its reward is made for them")
-
-
-def _said(name: str, changes: dict[str, float]) -> str:
-    return f"{name}@{','.join(f'{key}={value:g}' for key, value in changes.items())}"
+def varied(name: str, *, beta: float | None = None, eta: float | None = None) -> Entry:
+    """The diffusion of that name at another beta or eta, which is a problem of its own with exact answers too."""
+    exact = get(name).exact
+    if not (isinstance(exact, GaussianDiffusion | MixtureDiffusion) and isinstance(exact.reward, QuadraticReward)):
+        raise ValueError(f"{name} has no beta or eta that can be varied: it has none, or a reward made for them")
+    made = dataclasses.replace(exact, beta=exact.beta if beta is None else beta, eta=exact.eta if eta is None else eta)
+    name = f"{name}@beta={made.beta:g},eta={made.eta:g}"
+    return _gaussian(name, made) if isinstance(made, GaussianDiffusion) else _mixture(name, made)
