@@ -22,15 +22,15 @@ from ctrl.rollout import NotFinite
 if TYPE_CHECKING:
     from ctrl.fit import Loss, Run
 
-FEW = 4
-"""Paths on which a policy is compared."""
+FEW = 1
+"""Paths an epoch on which a policy is compared: a few would be some per cent of a small epoch."""
 UNIT = {"no": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-9}
 """Rounding of one number, by accelerate's name of the precision; tf32 is what CUDA's convolutions take for float32."""
 
 
 def same_policy(run: Run, batch: Batch) -> None:
     """Raise unless the policy, called as an update calls it, does what it did in the rollout: else likelihood ratios
-    and on-policy gradients are those of another policy. Both are compared along a few of the paths:
+    and on-policy gradients are those of another policy. Both are compared along FEW of the paths:
 
         E of the integral of ½ g² |a - a_rollout|² dt = E of the integral of ½ |d eps|² d lambda,
 

@@ -84,6 +84,11 @@ class Problem(ABC):
         return x
 
     @property
+    def free(self) -> bool:
+        """Whether actions have no price, R = 0: then the reference does not matter."""
+        return False
+
+    @property
     def noiseless(self) -> bool:
         """Whether S = 0: then path laws are singular, and there is no KL between them."""
         return isinstance(self.root, Scalar) and bool(self.root.c == 0)
@@ -135,7 +140,7 @@ class ScoreAsAction(Problem):
         reward: r(x, cond), (B, *D) -> (B,), at the data end s_min.
         initial: the law of Y_0; N(0, I) and p_{s_max} differ, and the difference is part of the problem.
         shape: D.
-        beta: KL weight, in units of reward per nat.
+        beta: KL weight, in units of reward per nat; 0 for none.
         eta: how much noise the reverse process takes.
         s_min, s_max: where the problem is cut; lambda is finite in between.
         gamma, discount: as in `Problem`.
@@ -169,6 +174,10 @@ class ScoreAsAction(Problem):
     def horizon(self) -> float:  # type: ignore[override]
         """T = s_max - s_min."""
         return self.s_max - self.s_min
+
+    @property
+    def free(self) -> bool:
+        return self.beta == 0
 
     def s(self, t: Tensor) -> Tensor:
         """The forward time s = s_max - t, kept within [s_min, s_max] against rounding."""

@@ -27,7 +27,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import tyro
 import yaml
-from accelerate import Accelerator, cpu_offload, init_empty_weights
+from accelerate import Accelerator, init_empty_weights
 from diffusers import DDPMPipeline, UNet2DModel
 from torch import Tensor, nn
 
@@ -151,8 +151,7 @@ def pipeline_of(s: Settings, device: torch.device) -> DDPMPipeline:
     """Loaded, with a UNet that is to be trained."""
     pipeline = pixels.load(s.model, s.revision, s.variant)
     tuning.check_timesteps(pipeline, steps=(s.steps,), eval_steps=s.eval_steps)
-    if s.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+    tuning.lay_out(s, pipeline.unet)
     pipeline.unet.train(False)  # there is dropout in some; the reference has none
     return pipeline.to(device)
 
@@ -244,9 +243,7 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
         pictures = pictures_of(s, pipeline)
     solver = tuning.solver_of(s, pipeline)
     policy = Score.of(pipeline)
-    reference, eta = policy.frozen(), tuning.eta_of(s, solver)
-    if s.offload_reference:
-        cpu_offload(reference.unet, execution_device=accelerator.device)
+    reference, eta = tuning.reference_of(s, policy, accelerator.device), tuning.eta_of(s, solver)
     torch.manual_seed(s.seed)  # of the first weights of energy and critic
     reward: Any = energy_of(s) if learned else Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
     task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)

@@ -192,7 +192,7 @@ class Score(nn.Module):
         return empty + self.guidance * (prompted - empty)
 
     def _unet(self, k: Tensor, x: Tensor, text: Tensor | None = None) -> Tensor:
-        dtype = self.unet.dtype
+        dtype = next(self.unet.parameters()).dtype  # diffusers' own `dtype` walks through all of them
         given = {} if text is None else {"encoder_hidden_states": text.to(dtype)}
         return self.unet(x.to(dtype), k, return_dict=False, **given)[0].to(x.dtype)
 
@@ -203,11 +203,6 @@ class WithoutAdapters(nn.Module):
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet, self.config = unet, unet.config
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The UNet's."""
-        return self.unet.dtype
 
     def forward(self, *args: Any, **options: Any) -> Any:
         self.unet.disable_adapters()

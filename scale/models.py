@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)  # fmt: skip
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
@@ -44,6 +51,27 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
         raise
     _check_parts(name, pipeline)
     return pipeline.to(torch.float32)  # transformers keeps the precision of the file
+
+
+def untrained(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """SD v1.5's architecture at full size, with random weights and a tokenizer of any vocabulary."""
+    tokenizer.model_max_length = 77
+    text = CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768,
+        vocab_size=len(tokenizer), max_position_embeddings=77, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512,
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+    )  # fmt: skip
+    scheduler = PNDMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+    )
+    return StableDiffusionPipeline(
+        vae, CLIPTextModel(text), tokenizer, UNet2DConditionModel.from_config(SD15_UNET), scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
 
 
 def _check_folder(where: Path) -> None:

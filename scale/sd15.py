@@ -25,7 +25,7 @@ from typing import Any, ClassVar
 import torch
 import tyro
 import yaml
-from accelerate import Accelerator, cpu_offload, init_empty_weights
+from accelerate import Accelerator, init_empty_weights
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import convert_state_dict_to_diffusers
 
@@ -77,8 +77,7 @@ def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
     pipeline.text_encoder.requires_grad_(False)
     if s.lora:
         adapters(pipeline.unet, s.lora)
-    if s.gradient_checkpointing:
-        pipeline.unet.enable_gradient_checkpointing()
+    tuning.lay_out(s, pipeline.unet)
     return pipeline.to(device)
 
 
@@ -127,9 +126,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     eta = tuning.eta_of(s, solver)
     algorithm = tuning.algorithm_of(s, eta > 0)
     policy = Score.of(pipeline, s.guidance)
-    reference = policy.frozen()
-    if s.offload_reference and not s.lora:
-        cpu_offload(reference.unet, execution_device=accelerator.device)
+    reference = tuning.reference_of(s, policy, accelerator.device)
     judged = Decoded(pipeline.vae, rewards["reward"], differentiable=gradient, chunk=s.batch)
     task = problem(reference, judged, beta=s.beta, eta=eta, gamma=s.gamma)
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)

@@ -59,8 +59,8 @@ LIMITS = {
          "patience"), ">= 1",
     ),
     **dict.fromkeys(("pretrain", "pictures_every", "reward_retries", "seed"), ">= 0"),
-    **dict.fromkeys(("eta", "gamma", "lr", "critic_lr", "reward_lr"), ">= 0"),
-    **dict.fromkeys(("beta", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
+    **dict.fromkeys(("beta", "eta", "gamma", "lr", "critic_lr", "reward_lr"), ">= 0"),
+    **dict.fromkeys(("kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
     **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "mismatch": "in [0, inf]",
     "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
 }  # fmt: skip
@@ -68,7 +68,8 @@ LIMITS = {
 FREE = frozenset((
     "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
     "stop_on_collapse", "patience", "mismatch", "reward_retries", "reward_timeout", "reward_python", "pictures_every",
-    "log_with", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
+    "log_with", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference", "channels_last",
+    "compile",
 ))  # fmt: skip
 """What may change when a run is gone on with."""
 
@@ -112,7 +113,8 @@ class Tuning:
     pretrain: int = 0
     """Epochs in which the critic alone learns, before the policy moves."""
     beta: float = 0.1
-    """Reward that a nat of path KL to the untuned model is worth; it depends on the reward's scale, kl does not."""
+    """Reward that a nat of path KL to the untuned model is worth; it depends on the reward's scale, kl does not. With
+    0, for ddpo alone, the untuned model is not asked, and the KL is not known before the evaluation."""
     gamma: float = 0.0
     """Weight of the policy's entropy in reward, for q-learning alone: the variance of its actions is gamma/R."""
     kl: float | None = None
@@ -152,6 +154,10 @@ class Tuning:
     """Adam's moments in 8 bits (bitsandbytes)."""
     offload_reference: bool = False
     """The untuned UNet's weights stay in host memory and are brought layer by layer."""
+    channels_last: bool = False
+    """Lay out the UNet's weights as convolutions on most devices prefer them."""
+    compile: bool = False
+    """Compile the UNets (torch.compile): the first epoch takes minutes longer, later ones less time."""
     batch: int = 8
     """Pictures drawn, and nodes evaluated, at a time on a device."""
     micro_batch: int = 4
@@ -234,6 +240,12 @@ class Tuning:
             ),
             "gamma must be > 0 for q-learning, which learns from actions drawn around the mean, and 0 otherwise": (
                 (self.algorithm == "q-learning") != (self.gamma > 0)
+            ),
+            "beta must be > 0, but for ddpo without kl: no price on the KL, no best action": (
+                self.beta == 0 and (self.algorithm != "ddpo" or self.kl is not None or self.max_kl is not None)
+            ),
+            "compile and offload_reference exclude one another: the weights of what is compiled stay where they are": (
+                self.compile and self.offload_reference
             ),
             "eval_steps must be >= 1": any(steps < 1 for steps in self.eval_steps),
             "kl and max_kl must be left out with eta = 0, or a sampler of diffusers that draws no noise: without noise "
@@ -346,5 +358,8 @@ class Settings(Tuning):
         return super().conflicts() | {
             "offload_reference: with lora the reference is the same network, its adapters off": bool(
                 self.lora and self.offload_reference
+            ),
+            "compile: with lora the reference is the same network, and would be compiled anew at every turn": bool(
+                self.lora and self.compile
             ),
         }

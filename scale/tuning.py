@@ -29,8 +29,8 @@ import torch
 import transformers
 import tyro
 import yaml
-from accelerate import Accelerator, InitProcessGroupKwargs
-from diffusers import DiffusionPipeline
+from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload
+from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -44,6 +44,7 @@ from ctrl.problem import ScoreAsAction
 from ctrl.stops import RunFailed
 from ctrl.value import Critic
 from scale import report
+from scale.diffusion import Score
 from scale.rewards import Patient, Reward, reward_of
 from scale.samplers import BlackBox, sampler
 from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
@@ -115,6 +116,26 @@ def solver_of(s: Tuning, pipeline: DiffusionPipeline) -> Solver:
 def eta_of(s: Tuning, solver: Solver) -> float:
     """The process's noise: none where the solver is a black box that draws none."""
     return 0.0 if isinstance(solver, BlackBox) and not solver.noisy else s.eta
+
+
+def lay_out(s: Tuning, unet: ModelMixin) -> None:
+    """What is to be trained, as the settings have it."""
+    if s.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if s.channels_last:
+        unet.to(memory_format=torch.channels_last)
+
+
+def reference_of(s: Tuning, policy: Score, device: torch.device) -> Score:
+    """The untuned model, offloaded if asked for; or both compiled."""
+    reference = policy.frozen()
+    if s.offload_reference:
+        cpu_offload(reference.unet, execution_device=device)
+    if s.compile:
+        torch._functorch.config.donated_buffer = False  # an adjoint goes back twice through one graph
+        for unet in (policy.unet, reference.unet):
+            unet.compile()
+    return reference
 
 
 def optimizer_of(s: Tuning) -> Callable[..., torch.optim.Optimizer]:

@@ -681,5 +681,28 @@ def test_groups_that_do_not_fit(group):
         fit(problem, Policy(problem), DDPO(group=group), settings=Settings(samples=6, solver=DDIM(), progress=False))
 
 
+def test_without_a_price_nobody_asks_the_reference_and_only_the_reward_counts():
+    """beta = 0, as public codes have it: the advantages are rewards, and a call of the network is one of the policy."""
+    problem = catalogue.get("gaussian-1d").problem
+    policy = Policy(problem)  # starts at the reference, and holds it
+
+    def asked(t, x, cond=None):
+        raise AssertionError
+
+    found = []
+
+    def look(run, metrics):
+        batch = run.replay.batches[-1]
+        found.append((batch.fields["advantage"][:-1], batch.trajectory.reward, metrics))
+
+    free = dataclasses.replace(problem, beta=0.0, reference=asked)
+    settings = Settings(samples=6, epochs=2, steps=3, solver=DDIM(), lr=0.1, progress=False)
+    fit(free, policy, DDPO(passes=1, nodes=6), settings=settings, callbacks=[look])
+    for advantage, reward, metrics in found:
+        torch.testing.assert_close(advantage, ((reward - reward.mean()) * 6 / 5).expand(3, 6))
+        assert "kl" not in metrics
+    assert found[-1][2]["network_calls"] == 2 * (6 * 3 + 6 + 6 * 3)  # rollout, its last node, update
+
+
 if __name__ == "__main__":
     worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

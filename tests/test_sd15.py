@@ -173,7 +173,7 @@ def test_a_stopped_run_goes_on(model, tmp_path):
         {"solver": "diffusers/dpmsolver++"},
         pytest.param({"solver": "diffusers/sde-dpmsolver++"}, marks=pytest.mark.long),
         {"gradient_checkpointing": True, "ema": 0.5, "precision": "bf16"},
-        pytest.param({"offload_reference": True, "log_with": "none"}, marks=pytest.mark.long),
+        pytest.param({"offload_reference": True, "channels_last": True, "log_with": "none"}, marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ctrl.fields import check_fields
 from ctrl.gaussian import GaussianPolicy, Mean
-from ctrl.problem import Problem, ScoreAsAction
+from ctrl.problem import Problem
 from ctrl.regularize import path_kl
 from ctrl.rollout import Trajectory
 from ctrl.solvers import Solver
@@ -80,7 +80,7 @@ class Around(Algorithm):
 def check_price(problem: Problem) -> None:
     """Raise unless actions have a price: without one no action is greedy, and V is not fixed by a KL."""
     problem.penalty(torch.zeros(1))  # eta = 0 has no path KL, and says so
-    if isinstance(problem, ScoreAsAction) and problem.beta == 0:
+    if problem.free:
         raise ValueError("beta must be > 0: without a price on actions no action is greedy")
 
 
