@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from benchmarks import discretization_error, estimators, moments, policy_iteration, report, rollout
+from benchmarks import discretization_error, estimators, moments, policy_iteration, report
 from ctrl import DDIM, EulerMaruyama, Heun, Noise, chain_kl, grids, z_bound
 from toy import catalogue
 from toy.chain import chain_moments
@@ -188,41 +188,10 @@ def test_points_have_the_moments():
     torch.testing.assert_close(torch.stack([v.T.cov(correction=0) for v in x]), covariance)
 
 
-def test_rollout(tmp_path):
-    rollout.main(rollout.Options(out=tmp_path, quick=True, batch=8, steps=3))
-    rows = read(tmp_path, "rollout")
-    assert {row["panel"] for row in rows} == {"overhead", "torchsde", "normals"}
-    for row in rows:
-        assert 0 < row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
-        assert (row["bar"] is None) == (row["met"] is None) == (row["panel"] != "overhead" or row["dtype"] == "float64")
-
-
-@pytest.mark.parametrize("solver", rollout.SOLVERS, ids=str)
-def test_both_sides_of_a_pair_call_the_score_as_often(solver):
-    """And so does torchsde, beyond its one look at the shapes: no sliver of a step is left over."""
-    calls = 0
-    setting = rollout.Setting.of(rollout.Options(batch=2), rollout.TORCHSDE_STEPS, torch.float32)
-    score = setting.problem.reference
-
-    def counted(t, x, cond=None):
-        nonlocal calls
-        calls += 1
-        assert x.dtype == torch.float32
-        return score(t, x, cond)
-
-    object.__setattr__(setting.problem, "reference", counted)
-    counts = []
-    for run in (lambda: setting.rollout(solver), lambda: setting.bare(solver.calls), setting.torchsde):
-        calls = 0
-        run()
-        counts.append(calls)
-    assert counts == [solver.calls * 128, solver.calls * 128, 128 + 1]
-
-
 def test_command_names_what_was_asked_for(tmp_path):
-    options = rollout.Options(out=tmp_path, quick=True, batch=16)
-    assert report.command("rollout", options) == "python benchmarks/rollout.py --quick --batch 16"
-    assert report.command("rollout", rollout.Options()) == "python benchmarks/rollout.py"
+    options = report.TrainingOptions(out=tmp_path, quick=True, seeds=5)
+    assert report.command("frontier", options) == "python benchmarks/frontier.py --quick --seeds 5"
+    assert report.command("frontier", report.TrainingOptions()) == "python benchmarks/frontier.py"
 
 
 def test_a_number_that_is_not_finite_is_refused_and_leaves_no_file(tmp_path):

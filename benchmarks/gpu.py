@@ -1,0 +1,140 @@
+"""Full fine-tuning at the size of Stable Diffusion v1.5, with random weights, for `benchmarks/throughput.py`.
+
+Pictures of 512 x 512 under guidance, by the actor-critic with a black-box reward, as `scale/sd15.py` trains by default;
+each set of options in a process of its own, so that its memory is its own:
+
+    images_per_second   pictures drawn in an epoch, and learned from, over the epoch's time
+    gibibytes           the most that was allocated on the device
+    utilisation         the UNet's arithmetic, forward and backward, over the device's peak in bf16 (PEAKS): activations
+                        that are computed again are not counted
+    fits_in             GiB: the most that was reserved, and CONTEXT for what CUDA itself keeps
+
+Without an accelerator nothing is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.report import Row  # noqa: E402
+from benchmarks.timing import Passes, seconds  # noqa: E402
+from scale import models, sd15  # noqa: E402
+
+LEAN: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": True}
+CASES: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "bf16": {"precision": "bf16"},
+    "bf16, channels last": {"precision": "bf16", "channels_last": True},
+    "bf16, compiled": {"precision": "bf16", "compile": True},
+    "bf16, checkpointing": LEAN,
+    "bf16, checkpointing, 8-bit Adam": LEAN | {"eight_bit": True},
+    "bf16, checkpointing, 8-bit Adam, reference offloaded": LEAN | {"eight_bit": True, "offload_reference": True},
+    "bf16, LoRA of rank 16": {"precision": "bf16", "lora": 16},
+    "bf16, checkpointing, LoRA of rank 16": LEAN | {"lora": 16},
+    "the least: checkpointing, offloaded, one picture": LEAN | {
+        "offload_reference": True, "samples": 2, "batch": 1, "micro_batch": 1,
+        "options": ("nodes=4", "critic_updates=1", "actor_updates=1", "keep=1"),
+    },
+}  # fmt: skip
+NEEDS = {"eight_bit": "bitsandbytes", "lora": "peft"}
+PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
+"""Dense bf16 in FLOP/s, from the vendor's data sheets."""
+CONTEXT = 0.5
+"""GiB of a CUDA context, about."""
+WORK: dict[str, Any] = {
+    "reward": "jpeg-compressibility", "other_reward": None, "prompts": "animals", "steps": 10, "samples": 16,
+    "batch": 16, "micro_batch": 8, "guidance": 5.0, "log_with": "none", "epochs": 10**6,
+    "options": ("nodes=32", "critic_updates=2", "actor_updates=2", "keep=1"),
+}  # fmt: skip
+
+
+def gpu(quick: bool) -> list[Row]:
+    """A row a set of options; none without an accelerator."""
+    if not torch.cuda.is_available():
+        print("gpu: there is no accelerator, nothing is measured")
+        return []
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        models.untrained(models.load(str(sd15.Settings.embedded.with_suffix(""))).tokenizer).save_pretrained(model)
+        for name, options in tqdm(list(CASES.items())[: 2 if quick else None], "options"):
+            if lacking := [NEEDS[o] for o in options if o in NEEDS and find_spec(NEEDS[o]) is None]:
+                print(f"gpu: {name}: not measured, {lacking[0]} is not installed")
+                continue
+            rows.append({"panel": "gpu", "case": name, "device": torch.cuda.get_device_name(), **apart(model, options)})
+    return rows
+
+
+def apart(model: Path, options: dict[str, Any]) -> Row:
+    """What a process of its own measures."""
+    command = [sys.executable, __file__, str(model), json.dumps(options)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        if "OutOfMemoryError" in done.stderr:
+            return {"failed": "out of memory"}
+        raise RuntimeError(done.stderr[-4000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def measured(model: Path, options: dict[str, Any]) -> Row:
+    """Two epochs to warm up, the least time of two more."""
+    from benchmarks.throughput import embedded  # which imports this
+
+    folder = Path(tempfile.mkdtemp())
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in (WORK | options).items()}
+    subject = embedded("gpu", sd15, folder, 1.0, model=str(model), **given)
+    run = subject.run
+    run.step_epoch()
+    with Passes(*subject.networks) as passes:
+        run.step_epoch()
+    torch.cuda.reset_peak_memory_stats()
+    spent = min(seconds(run.step_epoch) for _ in range(2))
+    shutil.rmtree(folder, ignore_errors=True)
+    forward = flops(sd15.UNet2DConditionModel.load_config(model, subfolder="unet"))
+    done = forward * sum(p.samples * (1 + 2 * p.backwards) for p in passes.passes)
+    peak = next((v for name, v in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+    return {
+        "images": run.settings.samples, "seconds": spent, "images_per_second": run.settings.samples / spent,
+        "gibibytes": torch.cuda.max_memory_allocated() / 2**30,
+        "fits_in": torch.cuda.max_memory_reserved() / 2**30 + CONTEXT,
+        "teraflops": done / spent / 1e12, "utilisation": None if peak is None else done / spent / peak,
+    }  # fmt: skip
+
+
+def flops(config: Any, tokens: int = 77) -> int:
+    """Of one picture's way through the UNet, counted on tensors without contents."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+        size = unet.config.sample_size
+        given = torch.zeros(1, unet.config.in_channels, size, size), torch.zeros(1)
+        text = torch.zeros(1, tokens, unet.config.cross_attention_dim)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        unet(*given, encoder_hidden_states=text)
+    return int(counter.get_total_flops())
+
+
+def main(arguments: Sequence[str]) -> None:
+    """One set of options, in this process."""
+    model, options = arguments
+    print(json.dumps(measured(Path(model), json.loads(options))))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

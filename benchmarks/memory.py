@@ -1,0 +1,39 @@
+"""The most memory that a piece of work holds at a time."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def mebibytes(work: Callable[[], object], before: float | None = None) -> float | None:
+    """Beyond what was `held` before it began, or at another time; None where it cannot be known."""
+    gc.collect()
+    before = held() if before is None else before
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    work()
+    if before is None:
+        return None
+    return (torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status("VmHWM")) - before
+
+
+def held() -> float | None:
+    """Now: on the accelerator if there is one, else in this process; None where it cannot be known."""
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 2**20
+    return _status("VmRSS") if sys.platform.startswith("linux") else None
+
+
+def _status(name: str) -> float:
+    """Of this process, from its line in /proc, which has KiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024

@@ -1,0 +1,260 @@
+"""One side of a race on the embedded Stable Diffusion: ours, or TRL's DDPOTrainer in an environment of its own.
+
+    python benchmarks/peer.py ours|trl '{"steps": 20, ...}'         the fields of `Work`
+
+It trains an epoch for each line `epoch` on its standard input, and answers with a line of JSON: seconds, images, the
+mean reward, and the most memory held, in MiB, beyond the interpreter with its packages. `save FOLDER` keeps the
+pipeline in diffusers' format. What is asked for is the same on both sides: prompts, reward, steps, batches, guidance,
+and one optimiser step an epoch.
+
+TRL (trl 0.23.1, the last with this trainer) needs older packages than this project, so nothing of this project but
+the reward and the prompts is imported there. Its environment is made by `environment`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import IO, Any, Protocol
+
+import torch
+from safetensors.torch import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.memory import held, mebibytes  # noqa: E402
+from scale import prompts, shapes  # noqa: E402
+
+PINNED = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft")
+MODEL = ROOT / "scale" / "assets" / "tiny-sd"
+PROMPTS = "shapes-doubtful-more"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an epoch is."""
+
+    samples: int = 32
+    """Pictures."""
+    batch: int = 32
+    """Drawn at a time, and in one backward pass."""
+    steps: int = 20
+    guidance: float = 1.0
+    lr: float = 1e-4
+    seed: int = 0
+    threads: int = 1
+    own: dict[str, Any] = field(default_factory=dict)
+    """Of our settings, what is not as theirs: without it DDPO on the same chain, without KL."""
+
+
+class Side(Protocol):
+    """Who trains."""
+
+    def epoch(self) -> float:
+        """One; the mean reward of what was drawn."""
+
+    def calls(self) -> float:
+        """Of the UNet a picture so far, at one place each: its own, the reference's and the critic's."""
+
+    def save(self, folder: str) -> None:
+        """The pipeline."""
+
+
+class TRL:
+    """`DDPOTrainer`, full fine-tuning."""
+
+    def __init__(self, work: Work) -> None:
+        from accelerate import PartialState
+
+        PartialState(cpu=not torch.cuda.is_available())  # or the trainer looks for an accelerator
+        from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # type: ignore[import-not-found]
+
+        texts = [p.text for p in prompts.read(PROMPTS)]
+        draw = random.Random(work.seed)
+        self.rewards: list[float] = []
+        self.count = 0  # epochs
+        config = DDPOConfig(
+            num_epochs=10**6, seed=work.seed, mixed_precision="no", sample_num_steps=work.steps,
+            sample_guidance_scale=work.guidance, sample_batch_size=work.batch,
+            sample_num_batches_per_epoch=work.samples // work.batch, train_batch_size=work.batch,
+            train_gradient_accumulation_steps=work.samples // work.batch,
+            train_learning_rate=work.lr, train_cfg=work.guidance > 1, save_freq=10**6,
+            project_kwargs={"project_dir": tempfile.mkdtemp()},
+        )  # fmt: skip
+        pipeline = DefaultDDPOStableDiffusionPipeline(for_older_packages(MODEL), use_lora=False)
+        self.trainer = DDPOTrainer(config, self.reward, lambda: (draw.choice(texts), {}), pipeline)
+        pipeline.set_progress_bar_config(disable=True)
+
+    def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
+        """As TRL asks for it."""
+        with torch.no_grad():
+            found = shapes.following_soft(images, texts)
+        self.rewards += found.tolist()
+        return found, {}
+
+    def epoch(self) -> float:
+        self.rewards = []
+        self.trainer.step(self.count, self.count)
+        self.count += 1
+        return mean(self.rewards)
+
+    def calls(self) -> float:
+        return 2.0 * self.trainer.config.sample_num_steps  # each step is taken, and learned from
+
+    def save(self, folder: str) -> None:
+        self.trainer.sd_pipeline.sd_pipeline.save_pretrained(folder)
+
+
+def for_older_packages(model: Path) -> str:
+    """A copy of the model as transformers 4 reads it, which looks for other files of the tokenizer and other names of
+    the text encoder's weights; with timesteps for DDIM, which the trainer takes, as they are here."""
+    folder = Path(tempfile.mkdtemp()) / "model"
+    shutil.copytree(model, folder)
+    known = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer" / "vocab.json").write_text(json.dumps(known["vocab"]))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in known["merges"]]
+    (folder / "tokenizer" / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
+    schedule = folder / "scheduler" / "scheduler_config.json"
+    given = json.loads(schedule.read_text()) | {"clip_sample": False, "timestep_spacing": "trailing"}
+    schedule.write_text(json.dumps(given))
+    weights = folder / "text_encoder" / "model.safetensors"
+    save_file({f"text_model.{name}": v for name, v in load_file(weights).items()}, weights, {"format": "pt"})
+    return str(folder)
+
+
+class Ours:
+    """`ctrl.fit`'s epochs, as `scale/sd15.py` makes them."""
+
+    def __init__(self, work: Work) -> None:
+        from dataclasses import replace
+
+        from ctrl.fit import Run
+        from scale import sd15, tuning
+
+        same = {
+            "algorithm": "ddpo", "options": ("passes=1", f"nodes={work.samples * work.steps}"), "beta": 0.0, "ema": 0.0,
+            "solver": "ddim", "grid": "timesteps", "jitter": 0.0, "steps": work.steps, "samples": work.samples,
+            "batch": work.batch, "micro_batch": work.batch, "guidance": work.guidance, "lr": work.lr,
+            "seed": work.seed, "epochs": 10**6, "other_reward": None, "log_with": "none",
+        }  # fmt: skip
+        given = same | {k: tuple(v) if isinstance(v, list) else v for k, v in work.own.items()}
+        s = replace(sd15.Settings.read(sd15.Settings.embedded), out=Path(tempfile.mkdtemp()) / "run", **given)
+        accelerator = tuning.accelerator_of(s)
+        task = sd15.assemble(s, None, accelerator)
+        self.pipeline = task.pipeline
+        self.run = Run(
+            task.problem, task.learner, task.algorithm, task.critic, task.conditions, replace(task.fit, out=None),
+            accelerator,
+        )  # fmt: skip
+
+    def epoch(self) -> float:
+        return float(self.run.step_epoch()["reward"])
+
+    def calls(self) -> float:
+        return self.run.counts["network_calls"] / self.run.counts["trajectories"]
+
+    def save(self, folder: str) -> None:
+        if self.run.ema is not None:
+            self.run.policy.load_state_dict(self.run.ema.state_dict())
+        self.pipeline.save_pretrained(folder)
+
+
+SIDES: dict[str, Callable[[Work], Side]] = {"ours": Ours, "trl": TRL}
+
+
+def serve(side: str, work: Work) -> None:
+    """Answer the lines that come."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    torch.set_num_threads(work.threads)
+    if side == "trl":
+        import trl  # noqa: F401
+    else:
+        import scale.sd15  # noqa: F401
+    before = held()
+    trainer = SIDES[side](work)
+    for line in sys.stdin:
+        what, _, given = line.strip().partition(" ")
+        if what == "save":
+            trainer.save(given)
+        print(json.dumps(an_epoch(trainer, work, before) if what == "epoch" else {}), file=answers, flush=True)
+
+
+def an_epoch(trainer: Side, work: Work, before: float | None) -> dict[str, Any]:
+    """What is said of it."""
+    rewards: list[float] = []
+    began = time.perf_counter()
+    most = mebibytes(lambda: rewards.append(trainer.epoch()), before)
+    spent = time.perf_counter() - began
+    return {"seconds": spent, "images": work.samples, "reward": rewards[0], "mebibytes": most,
+            "network_calls": trainer.calls()}  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------ who asks
+
+
+class Asked:
+    """One side, in a process of its own."""
+
+    def __init__(self, side: str, work: Work, python: str, env: Mapping[str, str], said: IO[str]) -> None:
+        self.side, self.said = side, said
+        self.process = subprocess.Popen(
+            [python, __file__, side, json.dumps(asdict(work))], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=said, text=True, env={**os.environ, **env},
+        )  # fmt: skip
+
+    def send(self, line: str) -> None:
+        """Ask; the answer is waited for by `receive`."""
+        assert self.process.stdin is not None
+        with suppress(OSError):  # it has ended: `receive` says so
+            self.process.stdin.write(line + "\n")
+            self.process.stdin.flush()
+
+    def receive(self) -> dict[str, Any]:
+        """The answer."""
+        assert self.process.stdout is not None
+        if answer := self.process.stdout.readline():
+            return dict(json.loads(answer))
+        self.said.seek(0)
+        raise RuntimeError(f"{self.side} ended:\n{self.said.read()[-4000:]}")
+
+    def __call__(self, line: str) -> dict[str, Any]:
+        self.send(line)
+        return self.receive()
+
+
+@contextmanager
+def started(side: str, work: Work, python: str = "", env: Mapping[str, str] = {}) -> Iterator[Asked]:
+    """ask(line) -> what one side answers; it runs in this interpreter, or in another."""
+    with tempfile.TemporaryFile("w+") as said:
+        asked = Asked(side, work, python or sys.executable, env, said)
+        try:
+            yield asked
+        finally:
+            with suppress(OSError), asked.process:  # closes the pipes, and waits
+                pass
+
+
+def environment(folder: Path) -> str:
+    """The interpreter of TRL's environment, which is made where there is none."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        version = torch.__version__.partition("+")[0]
+        subprocess.run([str(python), "-m", "pip", "install", "-q", f"torch=={version}", *PINNED], check=True)
+    return str(python)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], Work(**json.loads(sys.argv[2])))

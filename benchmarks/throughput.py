@@ -1,0 +1,311 @@
+"""How fast: against the network passes that the work contains, against peers, and how time and memory grow.
+
+Each panel is measured side by side, A B A B ..., and a row's ratio is the median over the pairs (ratio_min, ratio_max
+their range); what falls short of its bar says so.
+
+limit     a rollout, an update of the policy and a whole epoch over the bare passes of policy and reference that they
+          contain: same batches, same precision, forward and backward, nothing around them. Critic, decoding, reward,
+          random numbers, arithmetic, optimiser and Python all count as overhead; `profile` says where it is.
+solvers   our rollout over torchsde.sdeint's on mixture-2d, and over the call of diffusers' own pipeline on the embedded
+          Stable Diffusion, at equal steps.
+scaling   an epoch's time and memory against batch, steps, nodes, dimension, width and processes: the exponent of each.
+gpu       full fine-tuning at SD v1.5's size with random weights (benchmarks/gpu.py): it needs an accelerator.
+peer      an epoch of full fine-tuning beside TRL's DDPOTrainer (benchmarks/race.py), in an environment of its own.
+race      the time to a reward, ours and TRL's; hours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchsde
+from accelerate import Accelerator
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+
+from benchmarks.gpu import gpu
+from benchmarks.peer import environment
+from benchmarks.race import peer, race
+from benchmarks.report import Options, Row, check_among, command_line, table, write
+from benchmarks.scaling import scaling
+from benchmarks.timing import Comparison, Passes, Profile, interleaved, patched
+from ctrl import DDIM, EulerMaruyama, NetworkCritic, Noise, ScoreAsAction, grids, rollout
+from ctrl.algorithms import ActorCritic
+from ctrl.bridge import TorchSDE
+from ctrl.fit import Run
+from ctrl.fit import Settings as FitSettings
+from scale import cifar10, models, sd15, tuning
+from scale.diffusion import Prompts, Score, timesteps
+from scale.diffusion import problem as diffusion_problem
+from scale.samplers import sampler
+from toy import catalogue
+from toy.networks import Policy, Value
+
+NAME = "throughput"
+TORCHSDE_STEPS = 128
+
+
+@dataclass(frozen=True)
+class ThroughputOptions(Options):
+    """What this benchmark can be asked for."""
+
+    panel: tuple[str, ...] = ("limit", "solvers", "scaling", "gpu")
+    """limit, solvers, scaling, gpu, peer, race. What was measured of the others before stays in the file."""
+    peer_env: Path | None = None
+    """Folder of TRL's environment, for the panels peer and race; it is made where there is none."""
+    seeds: int = 3
+    """Runs of each side in the race, with seeds 0, 1, ..."""
+    tune: bool = False
+    """Try the race's learning rates, with one seed that is not among the others, instead."""
+    repeats: int = 7
+    """Pairs; --quick takes 2."""
+    threads: int = 1
+    """Of torch: a pool of threads on a busy machine measures its neighbours."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_among(self, panel=PANELS)
+        if self.peer_env is None and {"peer", "race"} & set(self.panel):
+            raise ValueError("peer_env must be given for peer and race: --peer-env FOLDER, where TRL is, or will be")
+
+
+# ------------------------------------------------------------------------------------------ subjects
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A training run, and the networks whose passes are the limit."""
+
+    name: str
+    run: Run
+    networks: tuple[nn.Module, ...]
+    bar: float
+    """What a rollout may take over its bare passes."""
+
+    def rollout(self, samples: int) -> Callable[[], object]:
+        """As an epoch begins."""
+        run, settings = self.run, self.run.settings
+        times, ids = settings.grid(run.problem, settings.steps), torch.arange(samples)
+        cond = run.conditions(ids)
+        return lambda: rollout(run.problem, run.policy, times, Noise(0), ids, solver=settings.solver, cond=cond)
+
+    def update(self) -> Callable[[], object]:
+        """The first of the policy's in an epoch."""
+        seen: list[Any] = []
+        update = self.run.update
+
+        def watched(name: str, *given: Any) -> None:
+            if name == "policy":
+                seen.append(given)
+            update(name, *given)
+
+        with patched([(self.run, "update", watched)]):
+            self.run.step_epoch()
+        return lambda: update("policy", *seen[0])
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of an epoch by part."""
+        run, (policy, reference) = self.run, self.networks
+        now, update = ["policy"], run.update
+
+        def updated(name: str, *given: Any) -> None:
+            now[0] = name
+            update(name, *given)
+
+        parts: list[tuple[Any, str, Any]] = [
+            (policy, "forward", "policy"), (reference, "forward", "reference"),
+            (run.accelerator, "backward", lambda *_: f"backward, {now[0]}"),
+            (torch.autograd, "grad", "backward, slopes"), (Noise, "normal", "random numbers"),
+            (run.problem, "reward", "reward and decoding"),
+            *((learner.optimizer, "step", "optimiser") for learner in run.learners.values()),
+        ]  # fmt: skip
+        if isinstance(critic := self.run._critic, NetworkCritic):
+            parts.append((critic.network, "forward", "critic"))
+        with patched([(run, "update", updated)]):
+            return Profile(parts).run(run.step_epoch, "arithmetic, memory and Python")
+
+
+class Called(nn.Module):
+    """A function that is counted among the networks."""
+
+    def __init__(self, f: Callable[..., Any]) -> None:
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args: Any) -> Any:
+        return self.f(*args)
+
+
+def mixture() -> Subject:
+    """mixture-2d as `ctrl.fit` has it by default: the actor-critic, a network of 64 x 64, Heun's method."""
+    exact: ScoreAsAction = catalogue.get("mixture-2d").exact.problem
+    torch.manual_seed(0)
+    policy, reference = Policy(exact), Called(exact.reference)
+    problem = replace(exact, reference=reference)
+    critic = NetworkCritic(problem, Value(problem))
+    settings = FitSettings(epochs=10**6, progress=False)
+    run = Run(problem, policy, ActorCritic(), critic, None, settings, Accelerator(cpu=True))
+    return Subject("mixture-2d", run, (policy, reference), 1.15)
+
+
+def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -> Subject:
+    """One of `scale`'s commands on its embedded model, by its default settings but for the number of pictures."""
+    s = replace(module.Settings.read(module.Settings.embedded), out=folder, log_with="none", epochs=10**6, **changes)
+    accelerator = tuning.accelerator_of(s)
+    task = module.assemble(s, None, accelerator)
+    run = Run(
+        task.problem, task.learner, task.algorithm, task.critic, task.conditions, replace(task.fit, out=None),
+        accelerator,
+    )  # fmt: skip
+    return Subject(name, run, (task.policy.unet, task.problem.reference.unet), bar)
+
+
+def subjects(folder: Path, quick: bool) -> list[Subject]:
+    """The three."""
+    few = {"samples": 4, "options": ("nodes=8", "updates=2")}
+    sd = few if quick else {"samples": 32, "options": ("nodes=64", "updates=6")}
+    cifar = few if quick else {"samples": 16, "options": ("nodes=32", "updates=6")}
+    return [
+        mixture(),
+        embedded("cifar10", cifar10, folder, 1.10, **cifar),
+        embedded("sd15", sd15, folder, 1.05, **sd),
+    ]
+
+
+# ------------------------------------------------------------------------------------------ limit
+
+
+def limit(o: ThroughputOptions, folder: Path) -> list[Row]:
+    """Rollout, update and epoch over their bare passes; and where the rest of an epoch goes."""
+    rows: list[Row] = []
+    for subject in subjects(folder, o.quick):
+        samples = [64, 4096] if subject.name == "mixture-2d" else [subject.run.settings.samples]
+        works: list[tuple[str, Callable[[], object], float | None]] = [
+            (f"rollout of {n}", subject.rollout(n), subject.bar) for n in samples
+        ]
+        works += [("update", subject.update(), None), ("epoch", subject.run.step_epoch, None)]
+        rows += interleaved([over_bare(subject, *work) for work in works], repeats(o), subject.name)
+        spent = subject.profile()
+        rows += [
+            {"panel": "profile", "case": f"{subject.name}, epoch", "part": part, "share": s / sum(spent.values())}
+            for part, s in spent.items()
+        ]
+    return rows
+
+
+def over_bare(subject: Subject, what: str, work: Callable[[], object], bar: float | None) -> Comparison:
+    """Some work against its passes."""
+    with Passes(*subject.networks) as passes:
+        work()
+    about: Row = {"passes": passes.samples, "threads": torch.get_num_threads()}
+    return Comparison("limit", f"{subject.name}, {what}", work, passes.run, bar, about)
+
+
+def repeats(o: ThroughputOptions) -> int:
+    """Pairs."""
+    return 2 if o.quick else o.repeats
+
+
+# ------------------------------------------------------------------------------------------ solvers
+
+
+def solvers(o: ThroughputOptions, folder: Path) -> list[Row]:
+    """Beside other people's."""
+    pairs = [beside_torchsde(64 if o.quick else 4096), *(beside_pipeline(2 if o.quick else 16, w) for w in (1.0, 5.0))]
+    return interleaved(pairs, repeats(o), "solvers")
+
+
+def beside_torchsde(samples: int) -> Comparison:
+    """Euler-Maruyama on mixture-2d under the exact score, float32. torchsde adds up dt, so s_min = 2^-10: dt = (1 -
+    2^-10)/128 and its multiples are exact in float32, and no sliver of a step is left over. torchsde keeps the two ends
+    only, a rollout every node; it calls once more, to look at shapes."""
+    problem: ScoreAsAction = replace(catalogue.get("mixture-2d").exact, s_min=2.0**-10).problem
+    times, noise, ids = grids.uniform(problem, TORCHSDE_STEPS), Noise(0), torch.arange(samples)
+    sde, ends = TorchSDE(problem, problem.reference), times[[0, -1]].float()
+
+    def theirs() -> object:
+        with torch.no_grad():
+            start = problem.initial(noise, ids, None).float()
+            return torchsde.sdeint(sde, start, ends, dt=problem.horizon / TORCHSDE_STEPS, method="euler")
+
+    def ours() -> object:
+        return rollout(problem, problem.reference, times, noise, ids, solver=EulerMaruyama(), dtype=torch.float32)
+
+    return Comparison("solvers", "mixture-2d, torchsde", ours, theirs, None, {"steps": TORCHSDE_STEPS})
+
+
+def beside_pipeline(samples: int, guidance: float, steps: int = 20) -> Comparison:
+    """The embedded pipeline's own call by DDIM with eta = 1, to latents; it keeps the last ones only."""
+    pipeline = models.load(str(sd15.Settings.embedded.with_suffix("")))
+    pipeline.set_progress_bar_config(disable=True)
+    policy = Score.of(pipeline, guidance)
+    task = diffusion_problem(policy, lambda x, cond: x.sum((1, 2, 3)), beta=1.0)
+    pipeline.scheduler = sampler("ddim", pipeline).scheduler
+    ids, noise, times = torch.arange(samples), Noise(0), timesteps(task, steps)
+    cond = Prompts.encode(pipeline, ["a red circle on a white ground"])(ids)
+    generator = torch.Generator().manual_seed(0)
+
+    def theirs() -> object:
+        return pipeline(
+            prompt_embeds=cond.embeds, negative_prompt_embeds=cond.empty, num_inference_steps=steps,
+            guidance_scale=guidance, eta=1.0, generator=generator, output_type="latent",
+        )  # fmt: skip
+
+    def ours() -> object:
+        return rollout(task, policy, times, noise, ids, solver=DDIM(), cond=cond)
+
+    return Comparison("solvers", f"sd15 at guidance {guidance:g}, diffusers", ours, theirs, None, {"steps": steps})
+
+
+# ------------------------------------------------------------------------------------------ the whole
+
+
+def python_of(o: ThroughputOptions) -> str:
+    """TRL's."""
+    assert o.peer_env is not None
+    return environment(o.peer_env)
+
+
+PANELS: dict[str, Callable[[ThroughputOptions, Path], list[Row]]] = {
+    "limit": limit, "solvers": solvers, "scaling": lambda o, _: scaling(o.quick), "gpu": lambda o, _: gpu(o.quick),
+    "peer": lambda o, _: peer(python_of(o), repeats(o), o.threads),
+    "race": lambda o, _: race(python_of(o), o.seeds, o.out / f"{NAME}.runs", o.tune),
+}  # fmt: skip
+COLUMNS = ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds")
+
+
+def main(o: ThroughputOptions) -> None:
+    """Measure, print, write."""
+    began = time.perf_counter()
+    torch.set_num_threads(o.threads)
+    rows = before(o)
+    with tempfile.TemporaryDirectory() as folder:
+        for panel in o.panel:
+            rows += PANELS[panel](o, Path(folder))
+    shown = [row for row in rows if row["panel"] not in ("profile", "scaling")]
+    print(table([{c: row.get(c) for c in COLUMNS} for row in shown], COLUMNS))
+    print("->", write(NAME, o, rows, began, part="tuning" if o.tune else ""))
+
+
+def before(o: ThroughputOptions) -> list[Row]:
+    """What the file has of the other panels."""
+    file = o.out / f"{NAME}.json"
+    if o.tune or not file.is_file():
+        return []
+    made = {"limit": ("limit", "profile"), "scaling": ("scaling", "exponents")}
+    anew = [name for panel in o.panel for name in made.get(panel, (panel,))]
+    rows = json.loads(file.read_text())["rows"]
+    return [{k: v for k, v in row.items() if v is not None} for row in rows if row["panel"] not in anew]
+
+
+if __name__ == "__main__":
+    command_line(main, ThroughputOptions, __doc__)

@@ -1,0 +1,339 @@
+"""Clocks are right about what they say: pairs, bare passes, profiles, memory, exponents; and both sides of a race do
+the same work."""
+
+import dataclasses
+import itertools
+import json
+import sys
+from contextlib import suppress
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import gpu, peer, race, scaling, throughput, timing
+from benchmarks.memory import mebibytes
+from benchmarks.timing import Comparison, Pass, Passes, Profile, interleaved, patched, ratio
+from scale import models, sd15
+from scale.settings import EMBEDDED
+
+
+class Ticks:
+    """A clock that stands still but for what is added to it."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def waste(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    found = Ticks()
+    monkeypatch.setattr(timing.time, "perf_counter", found)
+    return found
+
+
+# ------------------------------------------------------------------------------------------ pairs
+
+
+def test_a_ratio_is_the_median_over_pairs(clock):
+    """The first round, which warms up, does not count."""
+    ours = iter([100.0, 1.0, 3.0, 5.0])
+    comparison = Comparison("p", "c", lambda: clock.waste(next(ours)), lambda: clock.waste(2.0), 1.4, {"more": 1})
+    (row,) = interleaved([comparison], 3)
+    assert row == {
+        "panel": "p", "case": "c", "ratio": 1.5, "ratio_min": 0.5, "ratio_max": 2.5, "bar": 1.4, "met": False,
+        "seconds": 3.0, "repeats": 3, "more": 1,
+    }  # fmt: skip
+
+
+def test_pairs_are_interleaved():
+    seen = []
+    pairs = [
+        Comparison("", "", lambda i=i: seen.append(f"ours {i}"), lambda i=i: seen.append(f"theirs {i}"))
+        for i in range(2)
+    ]
+    interleaved(pairs, 2)
+    assert seen == ["ours 0", "theirs 0", "ours 1", "theirs 1"] * 3
+
+
+def test_without_a_bar_nothing_is_met():
+    assert ratio([1.0], None)["met"] is None and ratio([1.0], 1.0)["met"] is True
+
+
+# ------------------------------------------------------------------------------------------ bare passes
+
+
+class Counted(nn.Module):
+    """How often it is called with and without a graph, and how often a gradient comes back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3))
+        self.calls: list[tuple[int, bool]] = []
+        self.backwards = 0
+
+    def forward(self, x, *, scale=1.0):
+        self.calls.append((len(x), torch.is_grad_enabled()))
+        out = scale * self.w * x
+        if out.requires_grad:
+            out.register_hook(lambda _: setattr(self, "backwards", self.backwards + 1))
+        return (out,)
+
+
+def test_bare_passes_are_those_of_the_work():
+    """Forward without a graph, forward and backward, and twice backward through one graph, as an adjoint goes."""
+    net = Counted()
+    with Passes(net) as passes:
+        with torch.no_grad():
+            net(torch.ones(5, 3))
+        net(torch.ones(4, 3), scale=2.0)[0].sum().backward()
+        x = torch.ones(2, 3, requires_grad=True)
+        out = net(x)[0]
+        for keep in (True, False):
+            torch.autograd.grad(out.sum(), x, retain_graph=keep)
+        net(torch.ones(1, 3))  # a graph that nobody goes back through
+    net.zero_grad()
+    calls, backwards = net.calls, net.backwards
+    assert calls == [(5, False), (4, True), (2, True), (1, True)] and backwards == 3 and passes.samples == 12
+    net.calls, net.backwards = [], 0
+    passes.run()
+    assert net.calls == calls and net.backwards == backwards and net.w.grad is None
+    assert len(passes.passes) == 4  # what runs bare is not noted
+
+
+def test_a_pass_has_as_many_samples_as_its_batch():
+    assert Pass(Counted(), (torch.tensor(3.0), torch.ones(7, 2)), {}, False).samples == 7
+
+
+def test_a_rollout_is_its_passes_and_little_else():
+    """As many calls of the policy as the solver takes, and none of the reference."""
+    subject = throughput.mixture()
+    with Passes(*subject.networks) as passes:
+        subject.rollout(8)()
+    assert [p.samples for p in passes.passes] == [8] * 2 * subject.run.settings.steps
+    assert {id(p.module) for p in passes.passes} == {id(subject.networks[0])}
+    assert not any(p.graph for p in passes.passes)
+
+
+def test_an_update_alone_is_the_first_of_an_epoch():
+    subject = throughput.mixture()
+    update = subject.update()
+    with Passes(*subject.networks) as passes:
+        update()
+    (only,) = passes.passes
+    assert only.samples == subject.run.algorithm.nodes and only.backwards == 1
+    assert "update" not in vars(subject.run)  # what watched it is gone
+
+
+# ------------------------------------------------------------------------------------------ profiles
+
+
+def test_a_part_has_what_is_its_own(clock):
+    class Work:
+        def outer(self) -> None:
+            clock.now += 1.0
+            self.inner("b")
+            self.inner("c")
+
+        def inner(self, name) -> None:
+            clock.now += 10.0
+
+        def all(self) -> None:
+            clock.now += 0.5
+            self.outer()
+
+    work = Work()
+    found = Profile([(work, "outer", "outer"), (Work, "inner", lambda _, name: f"inner {name}")]).run(work.all)
+    assert found == {"inner b": 10.0, "inner c": 10.0, "outer": 1.0, "rest": 0.5}
+    assert list(found) == ["inner b", "inner c", "outer", "rest"]
+    assert vars(work) == {} and Work.inner is vars(Work)["inner"]
+
+
+def test_the_shares_of_an_epoch_are_the_whole():
+    found = throughput.mixture().profile()
+    assert {"policy", "critic", "backward, policy", "backward, critic", "optimiser", "random numbers"} <= set(found)
+    assert min(found.values()) > 0
+
+
+def test_what_is_patched_is_put_back():
+    net = nn.Linear(1, 1)
+    net.mine = "was there"
+    with suppress(KeyError), patched([(net, "forward", lambda x: 7), (net, "mine", "changed")]):
+        assert net(torch.ones(1, 1)) == 7 and net.mine == "changed"
+        raise KeyError
+    assert net.mine == "was there" and torch.is_tensor(net(torch.ones(1, 1)))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_most_that_is_held_is_seen_though_it_is_let_go():
+    def work(n) -> None:
+        torch.ones(n * 2**18, dtype=torch.float32)  # MiB
+
+    least, small, large = mebibytes(lambda: work(1)), mebibytes(lambda: work(64)), mebibytes(lambda: work(256))
+    assert 192 - 4 <= large - small <= 192 + 4 and small - least >= 63 - 4  # 4: the interpreter's own
+
+
+# ------------------------------------------------------------------------------------------ panels
+
+
+def test_exponents_are_those_of_a_power():
+    rows = [{"case": "steps", "at": n, "seconds": 3.0 * n**1.2, "mebibytes": 10.0} for n in (5, 10, 40)]
+    rows += [{"case": "batch", "at": n, "seconds": float(n)} for n in (1, 2)]
+    found = {row["case"]: row for row in scaling.exponents(rows)}
+    assert found["seconds against steps"]["ratio"] == pytest.approx(1.2)
+    assert found["seconds against steps"]["met"] is False
+    assert found["mebibytes against steps"]["ratio"] == pytest.approx(0.0) and found["mebibytes against steps"]["met"]
+    assert found["seconds against batch"]["ratio"] == pytest.approx(1.0) and "mebibytes against batch" not in found
+
+
+def test_beside_torchsde_both_call_the_score_as_often(monkeypatch):
+    """torchsde once more, to look at shapes: no sliver of a step is left over."""
+    calls = itertools.count()
+    entry = throughput.catalogue.get("mixture-2d")
+    made = type(entry.exact).problem.func
+
+    def counted(self):
+        problem = made(self)
+        return dataclasses.replace(problem, reference=lambda t, x, c=None: (next(calls), problem.reference(t, x, c))[1])
+
+    monkeypatch.setattr(type(entry.exact), "problem", property(counted))
+    pair = throughput.beside_torchsde(2)
+    pair.ours()
+    first = next(calls)
+    pair.other()
+    assert (first, next(calls) - first - 1) == (throughput.TORCHSDE_STEPS, throughput.TORCHSDE_STEPS + 1)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_beside_the_pipeline_both_call_the_unet_as_often(guidance, monkeypatch):
+    pipelines = []
+    load = models.load
+    monkeypatch.setattr(models, "load", lambda *a: pipelines.append(load(*a)) or pipelines[-1])
+    pair = throughput.beside_pipeline(2, guidance, steps=4)
+    seen = []
+    for work in (pair.ours, pair.other):
+        with Passes(pipelines[0].unet) as passes:
+            work()
+        seen.append([(p.samples, round(float(t.flatten()[0]), 3)) for p in passes.passes
+                     for t in [p.args[1] if torch.is_tensor(p.args[1]) else torch.tensor(p.args[1])]])  # fmt: skip
+    assert seen[0] == seen[1] and len(seen[0]) == 4
+    assert seen[0][0] == (2 if guidance == 1 else 4, 999.0)
+
+
+def test_without_an_accelerator_nothing_is_measured_and_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.gpu(quick=False) == [] and "there is no accelerator" in capsys.readouterr().out
+
+
+def test_operations_are_counted():
+    """Of the embedded UNet: twice the multiplications of its convolutions, linear layers and attentions."""
+    pipeline = models.load(str(EMBEDDED.with_suffix("")))
+    unet, found = pipeline.unet, 0
+
+    def seen(module, args, out):
+        nonlocal found
+        each = module.weight[0].numel()  # multiplications for one number of the output
+        found += 2 * out.numel() * each
+
+    for m in unet.modules():
+        if isinstance(m, nn.Conv2d | nn.Linear):
+            m.register_forward_hook(seen)
+    attended = nn.functional.scaled_dot_product_attention
+
+    def attention(q, k, v, **given):
+        nonlocal found
+        found += 2 * 2 * q[..., 0].numel() * k.shape[-2] * q.shape[-1]
+        return attended(q, k, v, **given)
+
+    with torch.no_grad(), patched([(nn.functional, "scaled_dot_product_attention", attention)]):
+        unet(*(torch.zeros(*shape, dtype=torch.float32) for shape in ((1, 4, 8, 8), (1,), (1, 16, 64))))
+    assert gpu.flops(unet.config, tokens=16) == found
+
+
+def test_the_untrained_pipeline_has_the_size_of_the_real_one():
+    tokenizer = models.load(str(EMBEDDED.with_suffix(""))).tokenizer
+    with torch.device("meta"):
+        pipeline = models.untrained(tokenizer)
+    assert pipeline.unet.num_parameters() == 859_520_964  # huggingface.co/stable-diffusion-v1-5, unet/
+    assert pipeline.vae.num_parameters() == 83_653_863
+    assert pipeline.vae_scale_factor * pipeline.unet.config.sample_size == 512
+
+
+# ------------------------------------------------------------------------------------------ a race
+
+
+TINY = peer.Work(samples=4, batch=4, steps=3, guidance=2.0)
+
+
+def test_a_side_answers_and_keeps_its_pipeline(tmp_path):
+    with peer.started("ours", TINY) as ask:
+        first = ask("epoch")
+        ask(f"save {tmp_path}")
+    assert set(first) == {"seconds", "images", "reward", "mebibytes", "network_calls"}
+    assert first["images"] == 4 and 0 < first["reward"] < 1
+    assert first["network_calls"] == 3 + 1 + 3  # a rollout with its last node, an update: nobody asks the reference
+    before = models.load(str(EMBEDDED.with_suffix(""))).unet.state_dict()
+    after = sd15.UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet").state_dict()
+    assert any(not torch.equal(before[k], v) for k, v in after.items())
+
+
+def test_a_side_that_ends_says_why():
+    with peer.started("trl", TINY) as ask, pytest.raises(RuntimeError, match="No module named 'trl'"):
+        ask("epoch")
+
+
+def test_a_copy_for_older_packages_has_the_same_tokens_and_weights():
+    folder = peer.for_older_packages(peer.MODEL)
+    pipeline = models.load(folder)
+    known = json.loads((peer.Path(folder) / "tokenizer" / "vocab.json").read_text())
+    assert known == pipeline.tokenizer.get_vocab()
+    merges = (peer.Path(folder) / "tokenizer" / "merges.txt").read_text().splitlines()
+    assert merges[0].startswith("#version") and len(merges) > 10 and all(len(m.split()) == 2 for m in merges[1:])
+    weights = peer.load_file(peer.Path(folder) / "text_encoder" / "model.safetensors")
+    plain = peer.load_file(peer.MODEL / "text_encoder" / "model.safetensors")
+    assert {k.removeprefix("text_model.") for k in weights} == set(plain)
+    assert all(torch.equal(v, plain[k.removeprefix("text_model.")]) for k, v in weights.items())
+    assert not pipeline.scheduler.config["clip_sample"]
+
+
+def test_our_time_over_theirs_is_taken_seed_by_seed():
+    runs = {
+        race.Job(side, 20, seed, 1e-4, ""): {"seconds": s, "reached": side == "ours"}
+        for seed, (ours, theirs) in enumerate([(1.0, 2.0), (1.0, 5.0), (1.0, 4.0)])
+        for side, s in (("ours", ours), ("trl", theirs))
+    }
+    row = race.shorter(20, runs)
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["met"]) == (0.25, 0.2, 0.5, True)
+    runs[race.Job("ours", 20, 0, 1e-4, "")]["reached"] = False
+    assert race.shorter(20, runs)["met"] is False
+
+
+def test_a_race_needs_a_place_for_the_other():
+    with pytest.raises(ValueError, match="peer_env must be given for peer and race: --peer-env FOLDER"):
+        throughput.ThroughputOptions(panel=("race",))
+
+
+def test_what_was_measured_of_other_panels_stays(tmp_path):
+    old = [{"panel": name, "case": "old"} for name in ("limit", "profile", "solvers", "race")]
+    o = throughput.ThroughputOptions(out=tmp_path, panel=("limit",))
+    throughput.write("throughput", o, old, 0.0)
+    assert [row["panel"] for row in throughput.before(o)] == ["solvers", "race"]
+
+
+@pytest.mark.long
+def test_the_whole(tmp_path):
+    o = throughput.ThroughputOptions(out=tmp_path, quick=True, panel=("limit", "solvers"))
+    throughput.main(o)
+    rows = json.loads((tmp_path / "throughput.json").read_text())["rows"]
+    limits = [row for row in rows if row["panel"] == "limit"]
+    assert len(limits) == 4 + 3 + 3 and all(row["ratio_min"] <= row["ratio"] <= row["ratio_max"] for row in limits)
+    assert all((row["bar"] is not None) == ("rollout" in row["case"]) for row in limits)
+    for case in {row["case"] for row in rows if row["panel"] == "profile"}:
+        assert sum(row["share"] for row in rows if row["case"] == case and row["share"]) == pytest.approx(1.0)
+    assert sum(row["panel"] == "solvers" for row in rows) == 3
