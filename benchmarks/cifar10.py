@@ -25,13 +25,11 @@ from typing import Any
 from zlib import crc32
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, check_among, command_line, kept, leave, number, over_seeds, table, write
+from benchmarks.report import Options, Row, check_among, command_line, kept, leave, over_seeds, table, write
 from scale import cifar10, pixels, tuning
 from scale.cifar10 import Settings
 from scale.classifiers import Moments, diversity, features, frechet, histogram
@@ -51,8 +49,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 RATES = (1e-5, 2e-5, 5e-5)
 """Of the search."""
-RATE = {"actor-critic": 2e-5, "td-form": 2e-5, "next-value": 2e-5, "ddpo": 2e-5}
-"""To be searched for (`--tune`): these are where it starts."""
+RATE = {"actor-critic": 2e-5, "td-form": 5e-5, "next-value": 2e-5, "ddpo": 2e-5}
+"""What the search found (results/cifar10_tuning.json)."""
 WINDOW = 4
 """Epochs whose pictures make one point of the curve."""
 
@@ -67,14 +65,14 @@ class CIFAROptions(Options):
     """actor-critic, td-form, next-value, ddpo."""
     seeds: int = 3
     """Runs of each, with seeds 0, 1, ..."""
-    images: int = 1280
+    images: int = 512
     """Drawn in each run."""
     judged: int = 2000
     """Pictures that are judged at the end of each."""
     tune: bool = False
     """Try the learning rates, with one seed that is not among the others, instead."""
     done: bool = False
-    """Only the table and the figure of the runs that are there."""
+    """Only the table of the runs that are there."""
     jobs: int = os.cpu_count() or 1
     """Runs at a time, each on one thread."""
 
@@ -133,7 +131,7 @@ def run(job: Job, store: Path) -> None:
     history = tuning.learn(s, task, accelerator, seen)
     seconds, last = time.process_time() - began, history[-1]
     images = pixels.draw(task.pipeline, range(job.judged), s.eval_sampler, s.steps, s.batch)
-    kl = nats(task.problem, Score.of(task.pipeline), lambda ids: None, 128, 25, s.batch)
+    kl = nats(task.problem, Score.of(task.pipeline), lambda ids: None, s.batch, 25, s.batch)
     row = {**judged(images), "path_kl": float(kl.mean), "seconds": seconds, "network_calls": last["network_calls"],
            "curve": seen.curve}  # fmt: skip
     leave(row, store, job.key)
@@ -181,7 +179,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         group = [r for job, r in runs.items() if job.method == method]
         found = [r["frechet"] for r in group]
         yield {
-            "panel": "forms", "algorithm": method, "seeds": len(group),
+            "panel": "forms", "algorithm": method, "seeds": len(group), "lr": RATE[method],
             "images": max(job.images for job in runs if job.method == method), **over_seeds("frechet", found),
             **{name: mean(r[name] for r in group)
                for name in ("path_kl", "diversity", "largest_class", "network_calls", "seconds")},
@@ -189,30 +187,6 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
     for job, r in runs.items():
         for images, value in r["curve"] if job.method else ():
             yield {"panel": "curve", "algorithm": job.method, "seed": job.seed, "images": images, "frechet": value}
-
-
-def draw(rows: list[Row]) -> Figure:
-    """Frechet distance while training, a line a seed; and at the end, beside the untuned model by each sampler."""
-    figure = Figure(figsize=(8.5, 3.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    curves = [r for r in rows if r["panel"] == "curve"]
-    for method, seed in dict.fromkeys((str(r["algorithm"]), r["seed"]) for r in curves):
-        line = [r for r in curves if (r["algorithm"], r["seed"]) == (method, seed)]
-        label = method if seed == curves[0]["seed"] else None
-        images, distance = ([number(r, name) for r in line] for name in ("images", "frechet"))
-        left.plot(images, distance, color=COLOURS[method], linewidth=1.2, label=label)
-    left.set(xlabel="pictures drawn", ylabel=f"Frechet distance, last {WINDOW} epochs")
-    left.legend(frameon=False)
-    ends = [r for r in rows if r["panel"] in ("untuned", "forms")]
-    names = [str(r["sampler"] if r["panel"] == "untuned" else r["algorithm"]) for r in ends]
-    for i, (row, name) in enumerate(zip(ends, names, strict=True)):
-        right.errorbar(number(row, "frechet"), i, xerr=float(row.get("frechet_se") or 0), marker="o", capsize=2,
-                       color=COLOURS.get(name, "#777777"))  # fmt: skip
-    right.set_yticks(range(len(ends)), labels=[f"{n}, untuned" if n in pixels.SAMPLERS else n for n in names])
-    right.set(xlabel="Frechet distance at the end (± s.e. over seeds)")
-    for ax in (left, right):
-        ax.grid(alpha=0.3)
-    return figure
 
 
 def main(o: CIFAROptions) -> None:
@@ -231,9 +205,7 @@ def main(o: CIFAROptions) -> None:
     for panel in ("untuned", "forms"):
         shown = [r for r in rows if r["panel"] == panel]
         print(table(shown, [name for name in shown[0] if name != "panel"]) if shown else f"no {panel}")
-    path = write(NAME, o, rows, began)
-    draw(rows).savefig(path.with_suffix(".png"), dpi=150)
-    print(f"-> {path}, {path.with_suffix('.png').name}")
+    print(f"-> {write(NAME, o, rows, began)}; drawn by paper_figures/cifar10.py")
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ from benchmarks import (
     frontier,
     pictures,
     report,
-    rollout,
     sd_tiny,
+    throughput,
 )
 from benchmarks import cifar10 as forms
 from ctrl import NotFinite, fit
@@ -43,9 +43,9 @@ ALGORITHMS = [
     if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and not inspect.isabstract(kind)
 ]  # fmt: skip
 BENCHMARKS = [
-    algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options, rollout.Options,
+    algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options,
     sd_tiny.SDTinyOptions, forms.CIFAROptions, critics.CriticOptions, frontier.FrontierOptions,
-    pictures.PictureOptions, report.TrainingOptions,
+    pictures.PictureOptions, report.TrainingOptions, throughput.ThroughputOptions,
 ]  # fmt: skip
 SETTINGS = [
     fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, cifar10.Settings, cifar10.Evaluate,
