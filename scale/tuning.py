@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -140,13 +141,13 @@ def reference_of(s: Tuning, policy: Score, device: torch.device) -> Score:
 
 def optimizer_of(s: Tuning) -> Callable[..., torch.optim.Optimizer]:
     """Adam with SD's usual weight decay, in 8 bits if asked for."""
-    kind = torch.optim.AdamW
+    kind = partial(torch.optim.AdamW, fused=True)
     if s.eight_bit:
         try:
             from bitsandbytes.optim import AdamW8bit as kind
         except ImportError as missing:
             raise ValueError("eight_bit needs bitsandbytes: pip install bitsandbytes") from missing
-    return lambda parameters, lr: kind(parameters, lr=lr, weight_decay=1e-4)
+    return partial(kind, weight_decay=1e-4)
 
 
 def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
