@@ -146,7 +146,7 @@ def command(name: str, options: Options) -> str:
         if field.name == "out" or value == field.default:
             continue
         flag = f"--{field.name.replace('_', '-')}"
-        words += [flag] if value is True else [flag, str(value)]
+        words += [flag] if value is True else [flag, *map(str, value if isinstance(value, tuple) else [value])]
     return " ".join(words)
 
 

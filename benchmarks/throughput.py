@@ -126,7 +126,7 @@ class Subject:
             (run.accelerator, "backward", lambda *_: f"backward, {now[0]}"),
             (torch.autograd, "grad", "backward, slopes"), (Noise, "normal", "random numbers"),
             (run.problem, "reward", "reward and decoding"),
-            *((learner.optimizer, "step", "optimiser") for learner in run.learners.values()),
+            *((learner, "step", "optimiser") for learner in run.learners.values()),
         ]  # fmt: skip
         if isinstance(critic := self.run._critic, NetworkCritic):
             parts.append((critic.network, "forward", "critic"))
@@ -287,6 +287,8 @@ def main(o: ThroughputOptions) -> None:
     """Measure, print, write."""
     began = time.perf_counter()
     torch.set_num_threads(o.threads)
+    if o.peer_env is not None:
+        environment(o.peer_env)  # if it cannot be made, nothing is measured
     rows = before(o)
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:

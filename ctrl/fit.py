@@ -161,6 +161,11 @@ class Learner:
         """The parameters that learn."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def step(self) -> None:
+        """Accelerate's only where gradients are scaled: each time it searches the disk for other optimisers, which can
+        take as long as a step."""
+        (self.optimizer if self.optimizer.scaler else self.optimizer.optimizer).step()
+
 
 @dataclass(frozen=True)
 class Result:
@@ -439,7 +444,7 @@ class Run:
             guards.strike(self, name, guards.culprit(self, name, loss, nodes))
             return
         nn.utils.clip_grads_with_norm_(learner.trained, self.settings.max_grad_norm, norm)
-        learner.optimizer.step()
+        learner.step()
         self.counts["network_calls"] += size
         if learner.optimizer.step_was_skipped:  # float16 overflowed; accelerate takes a smaller scale from here
             assert self.accelerator.scaler is not None

@@ -9,7 +9,7 @@ from decimal import Decimal
 import pytest
 import torch
 
-from benchmarks import discretization_error, estimators, moments, policy_iteration, report
+from benchmarks import discretization_error, estimators, frontier, moments, policy_iteration, report
 from ctrl import DDIM, EulerMaruyama, Heun, Noise, chain_kl, grids, z_bound
 from toy import catalogue
 from toy.chain import chain_moments
@@ -192,6 +192,8 @@ def test_command_names_what_was_asked_for(tmp_path):
     options = report.TrainingOptions(out=tmp_path, quick=True, seeds=5)
     assert report.command("frontier", options) == "python benchmarks/frontier.py --quick --seeds 5"
     assert report.command("frontier", report.TrainingOptions()) == "python benchmarks/frontier.py"
+    several = frontier.FrontierOptions(method=("actor-critic", "ppo"))
+    assert report.command("frontier", several) == "python benchmarks/frontier.py --method actor-critic ppo"
 
 
 def test_a_number_that_is_not_finite_is_refused_and_leaves_no_file(tmp_path):
