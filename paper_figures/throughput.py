@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from paper_figures.drawing import main
 from paper_figures.results import Results, Row, grouped
-from paper_figures.style import DOUBLE, panels
+from paper_figures.style import DOUBLE, legend_below, panels
 
 OVER = {"limit": ("over its bare passes", "#0072B2"), "solvers": ("over theirs", "#009E73"),
         "peer": ("over TRL's epoch", "#D55E00")}  # fmt: skip
@@ -31,6 +31,7 @@ def draw(results: Results) -> Figure:
     rows = [row for panel in OVER for row in results.rows("throughput", panel) if "TRL" not in row["case"]]
     ratios(left, [row for row in rows if "mebibytes" not in row["case"]])
     shares(right, results.rows("throughput", "profile"))
+    legend_below(figure, [left], 3)
     return figure
 
 
@@ -49,7 +50,6 @@ def ratios(ax: Axes, rows: list[Row]) -> None:
     ax.set(xlabel="time, as a ratio", xscale="log")
     ax.set_xticks([1, 1.5, 2, 3], labels=["1", "1.5", "2", "3"], minor=False)
     ax.minorticks_off()
-    ax.legend(loc="center right")
 
 
 def shares(ax: Axes, rows: list[Row]) -> None:

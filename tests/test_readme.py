@@ -92,6 +92,45 @@ def test_its_table_of_the_embedded_model_is_what_was_measured():
     assert len(said) == 7 and set(said) <= found
 
 
+SPEED: dict[str, dict[str, str]] = {
+    "limit": {
+        "sd15, rollout of 32": "rollout of the embedded Stable Diffusion over its bare network passes",
+        "cifar10, rollout of 16": "the same of the CIFAR-10 model",
+        "mixture-2d, rollout of 4096": "the same on mixture-2d, 4,096 at a time",
+        "mixture-2d, rollout of 64": "the same, 64 at a time",
+        "sd15, epoch": "an epoch of the embedded Stable Diffusion over the passes of policy and reference in it",
+    },
+    "solvers": {
+        "mixture-2d, torchsde": "rollout over `torchsde.sdeint`, Euler, 128 steps, 4,096 samples",
+        "sd15 at guidance 5, diffusers": "rollout over the pipeline's own call, DDIM, 20 steps, 16 pictures",
+    },
+    "peer": {
+        "ddpo, KL off, seconds": "an epoch of DDPO over that of TRL's `DDPOTrainer`, the same work",
+        "ddpo, KL off, mebibytes": "its peak memory over TRL's",
+    },
+}
+
+
+def test_its_table_of_speeds_is_what_was_measured():
+    for panel, cases in SPEED.items():
+        found = {row["case"]: row for row in rows("throughput", panel)}
+        for case, words in cases.items():
+            r = found[case]
+            bar = "-" if r["bar"] is None else f"{r['bar']:.2f}" + ("" if r["met"] else ", not met")
+            assert f"| {words} | {r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | {bar} |" in README
+
+
+def test_its_table_of_forms_is_what_was_measured():
+    """All of them, and the best untuned sampler before."""
+    untuned = min(row["frechet"] for row in rows("cifar10", "untuned"))
+    table = [
+        f"| {r['algorithm']} | {r['frechet']:.2f} ± {r['frechet_se']:.2f} | {r['path_kl']:.1f} | "
+        f"{100 * r['largest_class']:.0f} % |"
+        for r in rows("cifar10", "forms")
+    ]
+    assert "\n".join(table) in README and f"has {untuned:.2f}:" in README
+
+
 def test_what_it_says_of_the_default_runs_is_what_was_measured():
     runs = {row["run"]: row for row in rows("pictures", "evaluation")}
     sd, cifar = runs["sd15"], runs["cifar10"]
