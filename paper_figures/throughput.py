@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -20,8 +19,12 @@ from paper_figures.style import DOUBLE, legend_below, panels
 
 OVER = {"limit": ("over its bare passes", "#0072B2"), "solvers": ("over theirs", "#009E73"),
         "peer": ("over TRL's epoch", "#D55E00")}  # fmt: skip
-BARE = ("policy", "backward, policy", "reference", "backward, slopes", "critic", "backward, critic")
-"""Parts that are network passes, in this order; others follow."""
+PARTS = {
+    "policy": "#56B4E9", "backward, policy": "#009E73", "reference": "#E69F00", "backward, slopes": "#D55E00",
+    "critic": "#0072B2", "backward, critic": "#CC79A7", "reward and decoding": "0.88", "optimiser": "0.72",
+    "random numbers": "0.56", "arithmetic, memory and Python": "0.4",
+}  # fmt: skip
+"""Of an epoch, from below: network passes in colour."""
 
 
 def draw(results: Results) -> Figure:
@@ -55,14 +58,13 @@ def ratios(ax: Axes, rows: list[Row]) -> None:
 def shares(ax: Axes, rows: list[Row]) -> None:
     """A stack a case."""
     cases = grouped(rows, "case")
-    others = dict.fromkeys(str(row["part"]) for row in rows if row["part"] not in BARE)
-    colours = colormaps["tab20"].colors  # type: ignore[attr-defined]
     below = dict.fromkeys(cases, 0.0)
-    for i, part in enumerate((*BARE, *others)):
+    for part, colour in PARTS.items():
         share = {case: sum(row["share"] for row in some if row["part"] == part) for case, some in cases.items()}
         names = [case for (case,) in cases]
-        ax.bar(names, [100 * v for v in share.values()], 0.6, [100 * v for v in below.values()], label=part,
-               color=colours[2 * i % 20 + 2 * i // 20])  # fmt: skip
+        ax.bar(
+            names, [100 * v for v in share.values()], 0.6, [100 * v for v in below.values()], label=part, color=colour
+        )
         below = {case: below[case] + share[case] for case in cases}
     ax.set(ylabel="share of an epoch's time (%)", ylim=(0, 100))
     ax.set_xticks(range(len(cases)), labels=[case.partition(",")[0] for (case,) in cases])

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.container import ErrorbarContainer
+from matplotlib.container import BarContainer, ErrorbarContainer
 from PIL import Image
 
 from benchmarks.colours import COLOURS
@@ -141,7 +141,9 @@ def test_a_figure_says_which_commands_made_its_rows(results, name):
 
 
 def looks_of(handle):
-    """What tells a line from others: colour, dashes, mark and its filling."""
+    """What tells a line from others: colour, dashes, mark and its filling; a bar has its colour alone."""
+    if isinstance(handle, BarContainer):
+        return (to_hex(handle.patches[0].get_facecolor()),)
     line = handle.lines[0] if isinstance(handle, ErrorbarContainer) else handle
     return to_hex(line.get_color()), line.get_linestyle(), line.get_marker(), to_hex(line.get_markerfacecolor())
 
