@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,15 +14,23 @@ def mebibytes(work: Callable[[], object], before: float | None = None) -> float 
     """Beyond what was `held` before it began, or at another time; None where it cannot be known."""
     gc.collect()
     before = held() if before is None else before
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    known = _begin_anew()
     work()
-    if before is None:
+    if before is None or not known:
         return None
     return (torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else _status("VmHWM")) - before
+
+
+def _begin_anew() -> bool:
+    """The peak so far is forgotten, where that is possible."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return True
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def held() -> float | None:

@@ -48,11 +48,14 @@ def peer(python: str, repeats: int, threads: int) -> list[Row]:
             {name: ask("epoch") for name, ask in asks.items()} for _ in tqdm(range(1 + repeats), "beside TRL")
         ][1:]  # fmt: skip
     rows: list[Row] = []
+    known = rounds[0]["TRL"]["mebibytes"] is not None
     for name in sides:
-        about: Row = {"images_per_second": median(r[name]["images"] / r[name]["seconds"] for r in rounds),
-                      "mebibytes": max(r[name]["mebibytes"] for r in rounds),
-                      "network_calls": rounds[-1][name]["network_calls"], "repeats": repeats}  # fmt: skip
-        for what, bar in (("seconds", 1 / 0.95), ("mebibytes", 1.0)):
+        about: Row = {
+            "images_per_second": median(r[name]["images"] / r[name]["seconds"] for r in rounds),
+            "mebibytes": max(r[name]["mebibytes"] for r in rounds) if known else None,
+            "network_calls": rounds[-1][name]["network_calls"], "repeats": repeats,
+        }  # fmt: skip
+        for what, bar in {"seconds": 1 / 0.95, **({"mebibytes": 1.0} if known else {})}.items():
             found = ratio([r[name][what] / r["TRL"][what] for r in rounds], bar if name == "ddpo, KL off" else None)
             rows.append({"panel": "peer", "case": f"{name}, {what}", **found, **about})
     return rows
