@@ -28,12 +28,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Row  # noqa: E402
-from benchmarks.timing import Passes, seconds  # noqa: E402
-from scale import models, sd15  # noqa: E402
+from benchmarks.memory import mebibytes
+from benchmarks.report import Row
+from benchmarks.timing import Pass, Passes, seconds
+from scale import models, sd15
 
 LEAN: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": True}
 CASES: dict[str, dict[str, Any]] = {
@@ -57,8 +57,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 CONTEXT = 0.5
 """GiB of a CUDA context, about."""
 WORK: dict[str, Any] = {
-    "reward": "jpeg-compressibility", "other_reward": None, "prompts": "animals", "steps": 10, "samples": 16,
-    "batch": 16, "micro_batch": 8, "guidance": 5.0, "log_with": "none", "epochs": 10**6,
+    "algorithm": "actor-critic", "ema": 0.0, "lr": 1e-5, "reward": "jpeg-compressibility", "other_reward": None,
+    "prompts": "animals", "steps": 10, "samples": 16, "batch": 16, "micro_batch": 8, "guidance": 5.0,
     "options": ("nodes=32", "critic_updates=2", "actor_updates=2", "keep=1"),
 }  # fmt: skip
 
@@ -92,7 +92,7 @@ def apart(model: Path, options: dict[str, Any]) -> Row:
 
 
 def measured(model: Path, options: dict[str, Any]) -> Row:
-    """Two epochs to warm up, the least time of two more."""
+    """Two epochs to warm up, the least time of two more, the memory of one more."""
     from benchmarks.throughput import embedded  # which imports this
 
     folder = Path(tempfile.mkdtemp())
@@ -100,20 +100,26 @@ def measured(model: Path, options: dict[str, Any]) -> Row:
     subject = embedded("gpu", sd15, folder, 1.0, model=str(model), **given)
     run = subject.run
     run.step_epoch()
-    with Passes(*subject.networks) as passes:
+    with Passes(*{getattr(net, "unet", net) for net in subject.networks}) as passes:  # with adapters both are one
         run.step_epoch()
-    torch.cuda.reset_peak_memory_stats()
     spent = min(seconds(run.step_epoch) for _ in range(2))
+    most = mebibytes(run.step_epoch, 0.0)
     shutil.rmtree(folder, ignore_errors=True)
     forward = flops(sd15.UNet2DConditionModel.load_config(model, subfolder="unet"))
-    done = forward * sum(p.samples * (1 + 2 * p.backwards) for p in passes.passes)
-    peak = next((v for name, v in PEAKS.items() if name in torch.cuda.get_device_name()), None)
+    done = forward * sum(p.samples * ways(p) for p in passes.passes)
+    cuda = torch.cuda.is_available()
+    peak = next((v for name, v in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
     return {
         "images": run.settings.samples, "seconds": spent, "images_per_second": run.settings.samples / spent,
-        "gibibytes": torch.cuda.max_memory_allocated() / 2**30,
-        "fits_in": torch.cuda.max_memory_reserved() / 2**30 + CONTEXT,
+        "gibibytes": None if most is None else most / 1024,
+        "fits_in": torch.cuda.max_memory_reserved() / 2**30 + CONTEXT if cuda else None,
         "teraflops": done / spent / 1e12, "utilisation": None if peak is None else done / spent / peak,
     }  # fmt: skip
+
+
+def ways(p: Pass) -> int:
+    """How often as much arithmetic as forward: a way back is one, and one more where the weights are trained."""
+    return 1 + p.backwards * (1 + all(w.requires_grad for w in p.module.parameters()))
 
 
 def flops(config: Any, tokens: int = 77) -> int:

@@ -4,7 +4,7 @@
 
 It trains an epoch for each line `epoch` on its standard input, and answers with a line of JSON: seconds, images, the
 mean reward, and the most memory held, in MiB, beyond the interpreter with its packages. `save FOLDER` keeps the
-pipeline in diffusers' format. What is asked for is the same on both sides: prompts, reward, steps, batches, guidance,
+UNet in diffusers' format. What is asked for is the same on both sides: prompts, reward, steps, batches, guidance,
 and one optimiser step an epoch.
 
 TRL (trl 0.23.1, the last with this trainer) needs older packages than this project, so nothing of this project but
@@ -26,19 +26,18 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.memory import held, mebibytes  # noqa: E402
-from scale import prompts, shapes  # noqa: E402
+from benchmarks.memory import held, mebibytes
+from scale import prompts, shapes
 
 PINNED = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft")
-MODEL = ROOT / "scale" / "assets" / "tiny-sd"
+MODEL = Path(shapes.__file__).parent / "assets" / "tiny-sd"
 PROMPTS = "shapes-doubtful-more"
 
 
@@ -69,7 +68,7 @@ class Side(Protocol):
         """Of the UNet a picture so far, at one place each: its own, the reference's and the critic's."""
 
     def save(self, folder: str) -> None:
-        """The pipeline."""
+        """The UNet."""
 
 
 class TRL:
@@ -114,7 +113,7 @@ class TRL:
         return 2.0 * self.trainer.config.sample_num_steps  # each step is taken, and learned from
 
     def save(self, folder: str) -> None:
-        self.trainer.sd_pipeline.sd_pipeline.save_pretrained(folder)
+        self.trainer.sd_pipeline.unet.save_pretrained(folder)
 
 
 def for_older_packages(model: Path) -> str:
@@ -138,26 +137,17 @@ class Ours:
     """`ctrl.fit`'s epochs, as `scale/sd15.py` makes them."""
 
     def __init__(self, work: Work) -> None:
-        from dataclasses import replace
-
-        from ctrl.fit import Run
-        from scale import sd15, tuning
+        from benchmarks.throughput import embedded, sd15
 
         same = {
             "algorithm": "ddpo", "options": ("passes=1", f"nodes={work.samples * work.steps}"), "beta": 0.0, "ema": 0.0,
             "solver": "ddim", "grid": "timesteps", "jitter": 0.0, "steps": work.steps, "samples": work.samples,
             "batch": work.batch, "micro_batch": work.batch, "guidance": work.guidance, "lr": work.lr,
-            "seed": work.seed, "epochs": 10**6, "other_reward": None, "log_with": "none",
+            "seed": work.seed, "other_reward": None,
         }  # fmt: skip
         given = same | {k: tuple(v) if isinstance(v, list) else v for k, v in work.own.items()}
-        s = replace(sd15.Settings.read(sd15.Settings.embedded), out=Path(tempfile.mkdtemp()) / "run", **given)
-        accelerator = tuning.accelerator_of(s)
-        task = sd15.assemble(s, None, accelerator)
-        self.pipeline = task.pipeline
-        self.run = Run(
-            task.problem, task.learner, task.algorithm, task.critic, task.conditions, replace(task.fit, out=None),
-            accelerator,
-        )  # fmt: skip
+        subject = embedded("ours", sd15, Path(tempfile.mkdtemp()), 1.0, **given)
+        self.run, self.unet = subject.run, cast(Any, subject.networks[0])
 
     def epoch(self) -> float:
         return float(self.run.step_epoch()["reward"])
@@ -166,9 +156,7 @@ class Ours:
         return self.run.counts["network_calls"] / self.run.counts["trajectories"]
 
     def save(self, folder: str) -> None:
-        if self.run.ema is not None:
-            self.run.policy.load_state_dict(self.run.ema.state_dict())
-        self.pipeline.save_pretrained(folder)
+        self.unet.save_pretrained(folder)
 
 
 SIDES: dict[str, Callable[[Work], Side]] = {"ours": Ours, "trl": TRL}
@@ -181,7 +169,7 @@ def serve(side: str, work: Work) -> None:
     if side == "trl":
         import trl  # noqa: F401
     else:
-        import scale.sd15  # noqa: F401
+        import benchmarks.throughput  # noqa: F401
     before = held()
     trainer = SIDES[side](work)
     for line in sys.stdin:

@@ -2,8 +2,8 @@
 
 On the embedded Stable Diffusion, by adjoint matching: with the batch (pictures an epoch, drawn at a time), with the
 steps, with the nodes of an update, with the width of the UNet and with the number of processes; on random mixtures by
-the actor-critic: with the dimension. Every point is a process of its own, so that its memory is its own; every time the
-least of a few epochs. The exponents are those of a straight line through the logarithms.
+the actor-critic: with the dimension. Every point with pictures is a process of its own, so that its memory is its own;
+every time the least of a few epochs. The exponents are those of a straight line through the logarithms.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.peer import Work, started
+from benchmarks.race import ADJOINT
 from benchmarks.report import Row, number
 from benchmarks.timing import seconds
 from ctrl import NetworkCritic
@@ -59,16 +60,12 @@ def pictures(name: str, at: int, folder: Path) -> Row:
     """Seconds and MiB of an epoch with one thing changed."""
     usual = {"batch": 16, "steps": 10, "nodes": 32}
     batch, steps, nodes = (at if name == what else value for what, value in usual.items())
-    own: dict[str, Any] = {
-        "algorithm": "adjoint-matching", "options": [f"nodes={nodes}", "updates=1"], "beta": 0.1, "solver": "2m",
-        "grid": "log-snr", "jitter": 0.4, "micro_batch": 16,
-    }  # fmt: skip
+    own: dict[str, Any] = ADJOINT | {"options": [f"nodes={nodes}", "updates=1"], "micro_batch": 16}
     if name == "width":
         own["model"] = str(wider(at, folder / str(at)))
     work, world = Work(samples=batch, batch=batch, steps=steps, own=own), at if name == "processes" else 1
     with ExitStack() as stack:
-        store = tempfile.mktemp(dir=folder)
-        asks = [stack.enter_context(started("ours", work, env=of_many(rank, world, store))) for rank in range(world)]
+        asks = [stack.enter_context(started("ours", work, env=of_many(rank, world))) for rank in range(world)]
         epochs = []
         for _ in range(EPOCHS):
             for ask in asks:
@@ -79,7 +76,7 @@ def pictures(name: str, at: int, folder: Path) -> Row:
     return {name: min(number(e, name) for e in epochs[1:]) for name in measured}
 
 
-def of_many(rank: int, world: int, store: str) -> dict[str, str]:
+def of_many(rank: int, world: int) -> dict[str, str]:
     """The environment of one process of several, as torchrun has it; nothing for one alone."""
     if world == 1:
         return {}

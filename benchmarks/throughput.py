@@ -159,7 +159,8 @@ def mixture() -> Subject:
 
 def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -> Subject:
     """One of `scale`'s commands on its embedded model, by its default settings but for the number of pictures."""
-    s = replace(module.Settings.read(module.Settings.embedded), out=folder, log_with="none", epochs=10**6, **changes)
+    given = {"out": folder, "log_with": "none", "epochs": 10**6, **changes}
+    s = replace(module.Settings.read(module.Settings.embedded), **given)
     accelerator = tuning.accelerator_of(s)
     task = module.assemble(s, None, accelerator)
     run = Run(

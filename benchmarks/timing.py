@@ -24,9 +24,9 @@ from benchmarks.report import Row
 # ------------------------------------------------------------------------------------------ side by side
 
 
-def wait(device: str = "cuda") -> None:
+def wait() -> None:
     """Until the accelerator has done what it was asked for."""
-    if device == "cuda" and torch.cuda.is_available():
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 

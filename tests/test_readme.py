@@ -129,6 +129,11 @@ def test_its_table_of_forms_is_what_was_measured():
         for r in rows("cifar10", "forms")
     ]
     assert "\n".join(table) in README and f"has {untuned:.2f}:" in README
+    curves = {}
+    for row in rows("cifar10", "curve"):
+        curves.setdefault((row["algorithm"], row["seed"]), []).append(row["frechet"])
+    nearer = sorted(curve[0] - curve[-1] for curve in curves.values())
+    assert f"by {nearer[1]:.1f} to {nearer[-1]:.1f} in 11 of the {len(nearer)}" in README and nearer[0] < 0.1
 
 
 def test_what_it_says_of_the_default_runs_is_what_was_measured():

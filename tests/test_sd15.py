@@ -145,7 +145,7 @@ def test_a_stopped_run_goes_on(model, tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": ("group=2", "nodes=8")},
+        {"algorithm": "ddpo", "solver": "ddim", "in_a_row": 2, "options": ("group=2", "nodes=8"), "beta": 0.0},
         pytest.param(
             {"algorithm": "ppo", "options": ("updates=1", "nodes=8", "evaluation.critic_updates=1")},
             marks=pytest.mark.long,
