@@ -362,16 +362,16 @@ class Run:
                 parts.append(f(*given, self.conditions(ids[piece])).to(x.dtype))
         return torch.cat(parts)
 
-    def lay_actions(self) -> None:
+    def lay_actions(self, a_ref: Tensor | None = None) -> None:
         """Beside the newest batch: a_old, what the policy did at each node (its mean, if it explores), and a_ref, what
-        the reference would do; where actions have no price nobody asks it, and a_ref is a_old. Without noise there is
-        no KL to be logged."""
+        the reference would do, which is asked unless it is given; where actions have no price nobody asks it, and a_ref
+        is a_old. Without noise there is no KL to be logged."""
         batch = self.replay.batches[-1]
         batch.lay("a_old", self._acted(batch))
         if self.problem.free:
             batch.lay("a_ref", batch.fields["a_old"])
             return
-        batch.lay("a_ref", self.at_nodes(self.problem.reference, batch))
+        batch.lay("a_ref", self.at_nodes(self.problem.reference, batch) if a_ref is None else a_ref)
         if self.problem.noiseless:
             return
         t, _, _ = batch.trajectory.flat()

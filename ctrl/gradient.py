@@ -36,10 +36,10 @@ from torch import Tensor
 from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
 from ctrl.grids import node_weights
 from ctrl.linop import Scalar, broadcast, dot, same_shape
-from ctrl.problem import Problem
+from ctrl.problem import Problem, ScoreAsAction
 from ctrl.qvalue import martingale_residual, td_residual
 from ctrl.rollout import Trajectory, batch_times
-from ctrl.solvers import GaussianStep
+from ctrl.solvers import Exponential, GaussianStep
 from ctrl.value import Critic
 
 
@@ -165,19 +165,47 @@ def adjoint(problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
     return _backward(problem, trajectory, law)
 
 
-def lean_adjoint(problem: Problem, trajectory: Trajectory) -> Tensor:
-    """-dp/dt = (grad_x [b0 + B a_ref])' p - grad_x l(t, x) - rho p, p(T) = grad r: p_k, (N+1, B, *D).
+def lean_adjoint(problem: Problem, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """-dp/dt = (grad_x [b0 + B a_ref])' p - grad_x l(t, x) - rho p, p(T) = grad r: p_k, (N+1, B, *D), and a_ref there.
 
     Adjoint Matching (Domingo-Enrich et al. 2024, arXiv 2409.08861): `adjoint` without the terms that cancel in the mean
     at the optimum, where B'p = R (a - a_ref). E[p_k | X_k] = grad V* along trajectories of the optimal policy only;
     along those of another it is grad V of no policy (of the reference, along its own).
     """
+    if isinstance(problem, ScoreAsAction):
+        return _backward_by_means(problem, trajectory)
+    actions: list[Tensor] = []
 
     def law(t: Tensor, x: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
-        a_ref = problem.reference(t, x, cond)
-        return problem.drift(t, x) + problem.control(t).apply(a_ref), problem.state_cost(t, x, cond)
+        actions.append(problem.reference(t, x, cond))
+        return problem.drift(t, x) + problem.control(t).apply(actions[-1]), problem.state_cost(t, x, cond)
 
-    return _backward(problem, trajectory, law)
+    p = _backward(problem, trajectory, law)
+    return p, torch.stack([a_ref.detach() for a_ref in actions[::-1]])
+
+
+def _backward_by_means(problem: ScoreAsAction, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
+    """p_k = e^{-rho dt} (dm_k/dx)' p_{k+1} - dt grad l, m_k the mean of the exponential step under the reference.
+
+    At eta = 1 that mean is E[X_{k+1} | X_k], whatever the data and the step, so that no grid is too coarse to be stable
+    and Gaussian data have the exact p; elsewhere it is first order. One vector-Jacobian product a node.
+    """
+    _check_end(problem, trajectory)
+    times, cond, step = _times(trajectory), trajectory.cond, Exponential()
+    plan, lengths = step.plan(problem, trajectory.t), trajectory.t.diff().tolist()
+    slopes = [_reward_slope(problem, trajectory)]
+    with torch.no_grad():
+        actions = [problem.reference(times[-1], trajectory.x[-1], cond)]
+    for k in reversed(range(len(plan))):
+        with torch.enable_grad():
+            x = trajectory.x[k].detach().requires_grad_()
+            a_ref = problem.reference(times[k], x, cond)
+            mean = step.transition(problem, plan[k], x, a_ref, None).mean
+            gain = math.exp(-problem.discount * lengths[k]) * dot(mean, slopes[-1])
+            gain = gain - lengths[k] * problem.state_cost(times[k], x, cond)
+            slopes.append(torch.autograd.grad(gain.sum(), x)[0])
+        actions.append(a_ref.detach())
+    return torch.stack(slopes[::-1]), torch.stack(actions[::-1])
 
 
 def q_direction(trajectory: Trajectory, policy: GaussianPolicy, q: Tensor) -> Tensor:

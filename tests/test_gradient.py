@@ -616,7 +616,7 @@ def test_states_directions_and_advantages_are_constants():
     kept = run.rollout(c.at(theta), differentiable=True)
     slopes = [
         adjoint(c.problem, kept, c.at(theta)),
-        lean_adjoint(c.problem, kept),
+        *lean_adjoint(c.problem, kept),
         critic_slope(c.value, kept),
         directions(c.problem, kept, c.at(theta), kept.x),
         td_slope(c.problem, kept, kept.x[..., 0], run.cost),
@@ -654,7 +654,7 @@ def test_adjoints_of_a_linear_problem(form):
     worst = []
     for steps in (10, 20):
         run = exact_run(c, Heun(), grids.uniform(c.problem, steps))
-        p = adjoint(c.problem, run.path, c.policy) if form == "adjoint" else lean_adjoint(c.problem, run.path)
+        p = adjoint(c.problem, run.path, c.policy) if form == "adjoint" else lean_adjoint(c.problem, run.path)[0]
         means = torch.stack([run.noise.mean(r) for r in residual(c.value, run.path, p)])
         assert float(means[-1].abs().max()) < 1e-12
         worst.append(float(means[[0, steps // 2]].norm()))
@@ -676,7 +676,7 @@ def test_adjoint_of_a_mixture():
     path = rollout(c.problem, c.policy, grids.uniform(c.problem, 64), Noise(1), torch.arange(1000), solver=Heun())
     z = residual_z(c.value, path, adjoint(c.problem, path, c.policy))
     assert float(z.abs().max()) < z_bound(z.numel()) + 0.3
-    assert float(residual_z(c.value, path, lean_adjoint(c.problem, path)).abs().max()) > z_bound(z.numel()) + 3
+    assert float(residual_z(c.value, path, lean_adjoint(c.problem, path)[0]).abs().max()) > z_bound(z.numel()) + 3
 
 
 def test_lean_adjoint_of_a_mixture():
@@ -684,8 +684,37 @@ def test_lean_adjoint_of_a_mixture():
     p = smooth()
     times = grids.uniform(p.problem, 64)
     path = rollout(p.problem, p.optimal_policy, times, Noise(2), torch.arange(1000), solver=Heun())
-    z = residual_z(p.value, path, lean_adjoint(p.problem, path))
+    z = residual_z(p.value, path, lean_adjoint(p.problem, path)[0])
     assert float(z.abs().max()) < z_bound(z.numel()) + 0.3
+
+
+@pytest.mark.parametrize("at", ["reference", "optimum"])
+@pytest.mark.parametrize("steps", [1, 4])
+def test_lean_adjoint_of_gaussian_data_is_exact_on_any_grid(at, steps):
+    """Score as action, eta = 1: the means that it differentiates are E[X_{k+1} | X_k], linear in the state. So
+    E[p_k | X_k] = grad V of the reference along its own trajectories, and grad V* along optimal ones, at one step."""
+    exact = catalogue.get("gaussian-16d").exact
+    c = linear_case(exact.problem, exact.lq, exact.lq.reference if at == "reference" else exact.lq.optimal_policy())
+    run = exact_run(c, Exact(c.transitions), grids.uniform(c.problem, steps))
+    p, _ = lean_adjoint(c.problem, run.path)
+    scale = float(critic_slope(c.value, run.path).abs().max())
+    means = torch.stack([run.noise.mean(r) for r in residual(c.value, run.path, p)])
+    assert float(means.abs().max()) < 1e-9 * scale
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_lean_adjoint_is_the_exact_derivative_of_the_exponential_chain(eta):
+    """p_0 of a path that the reference drew by exponential steps is d e^{-rho T} r(X_N)/d x_0, through the chain."""
+    problem = dataclasses.replace(smooth().problem, eta=eta, discount=0.3)
+    times, ids = grids.jitter(grids.uniform(problem, 6), torch.linspace(-0.4, 0.4, 5)), torch.arange(20)
+    start = IsotropicNormal((1,))(Noise(3), ids).requires_grad_()
+    path = rollout(
+        problem, problem.reference, times, Noise(3), ids, solver=Exponential(), start=start, differentiable=True
+    )
+    worth = math.exp(-0.3 * problem.horizon) * problem.reward(path.x[-1], None)
+    p, a_ref = lean_adjoint(problem, path)
+    torch.testing.assert_close(p[0], torch.autograd.grad(worth.sum(), start)[0])
+    torch.testing.assert_close(a_ref[:-1], path.a.detach())  # on its own path it is what drove it
 
 
 class Driftless(LQProblem):
@@ -706,7 +735,7 @@ def test_adjoint_without_a_drift():
     h = 0.4 * path.t.diff()
     decay = torch.cat([(1 - h + h * h / 2).flip(0).cumprod(0).flip(0), torch.ones(1)])
     grad_r = problem.h - path.x[-1] @ problem.G
-    torch.testing.assert_close(lean_adjoint(problem, path), decay[:, None, None] * grad_r)
+    torch.testing.assert_close(lean_adjoint(problem, path)[0], decay[:, None, None] * grad_r)
 
 
 # ------------------------------------------------------------------------------------------ sampling
@@ -785,7 +814,7 @@ def everything(shape: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     path = rollout(problem, explore, grids.uniform(problem, 4), Noise(0), torch.arange(3), dtype=dtype)
     value, cost, reward = path.at_nodes(lambda t, x, cond: x.flatten(1).sum(1)), path.x.flatten(2).sum(2), path.x[-1]
     slopes = [
-        adjoint(problem, path, policy), lean_adjoint(problem, path), td_slope(problem, path, value, cost),
+        adjoint(problem, path, policy), *lean_adjoint(problem, path), td_slope(problem, path, value, cost),
         likelihood_ratio_slope(problem, path, reward.flatten(1).sum(1), cost, 0.5),
     ]  # fmt: skip
     ways = [directions(problem, path, policy, slope) for slope in slopes] + [q_direction(path, explore, value[:-1])]
@@ -821,7 +850,7 @@ def test_the_condition_reaches_everything():
         start = path.x[0].clone().requires_grad_()
         kept = rollout(problem, policy, *args, cond=cond, start=start, differentiable=True)
         explore = GaussianPolicy(policy, lambda t: Scalar(0.4))
-        slopes = [critic_slope(critic, path), adjoint(problem, path, policy), lean_adjoint(problem, path)]
+        slopes = [critic_slope(critic, path), adjoint(problem, path, policy), lean_adjoint(problem, path)[0]]
         ways = [directions(problem, path, policy, slope) for slope in slopes]
         found.append([
             *ways, q_direction(path, explore, path.x[:-1, :, 0]), surrogate(problem, path, policy, ways[0]),

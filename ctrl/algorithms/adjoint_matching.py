@@ -49,9 +49,10 @@ class AdjointMatching(Algorithm):
     lean: bool = True
 
     def learn(self, run: Run) -> None:
-        run.lay_actions()
         (batch,) = run.replay.batches
-        batch.lay("p", self.adjoints(run, batch))
+        p, *a_ref = self.adjoints(run, batch)
+        run.lay_actions(*a_ref)
+        batch.lay("p", p)
 
         def label(n: Nodes) -> dict[str, Tensor]:
             return {"best": greedy(run.problem, n.t, n["a_ref"], n["p"])}
@@ -59,19 +60,20 @@ class AdjointMatching(Algorithm):
         for nodes in run.deal(self.updates, self.nodes, label=label):
             run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, self.nodes)
 
-    def adjoints(self, run: Run, batch: Batch) -> Tensor:
-        """p at every node, (N+1, B, *D), `settings.batch` paths at a time."""
+    def adjoints(self, run: Run, batch: Batch) -> list[Tensor]:
+        """p at every node, (N+1, B, *D), and, when it was asked for that, the reference; `settings.batch` paths at a
+        time."""
         parts = []
         for b in torch.arange(batch.samples).split(run.settings.batch):
             path = batch.take(b).trajectory
             path = replace(path, cond=run.conditions(path.ids))
             with run.accelerator.autocast():
-                p = lean_adjoint(run.problem, path) if self.lean else adjoint(run.problem, path, run.policy)
-            parts.append(p.to(path.x.dtype))
+                found = lean_adjoint(run.problem, path) if self.lean else (adjoint(run.problem, path, run.policy),)
+            parts.append([v.to(path.x.dtype) for v in found])
         samples = run.settings.samples
         run.counts["network_calls"] += samples * (batch.steps + 1)
         run.counts["reward_gradients"] = run.counts.get("reward_gradients", 0) + samples
-        return torch.cat(parts, 1)
+        return [torch.cat(v, 1) for v in zip(*parts, strict=True)]
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         check_price(problem)
