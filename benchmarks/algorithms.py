@@ -404,24 +404,23 @@ def compared(rows: list[Row]) -> list[tuple[str, int]]:
     return sorted(p for p, names in methods.items() if len(names) > 1) or sorted(methods)
 
 
-def draw(rows: list[Row], runs: list[Row]) -> Figure:
-    """Regret against trajectories, a panel a problem and N, a line a method: median over seeds, band min to max."""
+def draw(rows: list[Row]) -> Figure:
+    """Regret against trajectories, a panel a problem and N, a line a method: mean over seeds, and a standard error."""
     panels = compared(rows)
     figure = Figure(figsize=(3.2 * min(len(panels), 4), 2.8 * -(-len(panels) // 4)), layout="constrained")
     axes = figure.subplots(-(-len(panels) // 4), min(len(panels), 4), squeeze=False).flatten()
     for ax, (problem, steps) in zip(axes, panels, strict=False):
-        for method in dict.fromkeys(str(r["algorithm"]) for r in rows if r["panel"] == "regret"):
-            curves = [
-                json.loads(str(r["curve"])) for r in runs
-                if (r["problem"], r["method"], r["steps"]) == (problem, method, steps) and r["failed"] is None
-            ]  # fmt: skip
-            if curves:
-                n = [point[0] for point in curves[0]]
-                values = [[curve[i][1] for curve in curves] for i in range(len(n))]
-                colour = COLOURS.get(method, OTHER)
-                ax.plot(n, [median(v) for v in values], "--" if "public" in method else "-", color=colour, label=method,
-                        linewidth=1.3)  # fmt: skip
-                ax.fill_between(n, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15, lw=0)
+        curves: dict[str, list[Row]] = {}
+        for row in rows:
+            if (row["panel"], row["problem"], row["steps"]) == ("curve", problem, steps):
+                curves.setdefault(str(row["algorithm"]), []).append(row)
+        for method, curve in curves.items():
+            n, regret = ([number(row, name) for row in curve] for name in ("trajectories", "regret"))
+            error = [float(row["regret_se"] or 0) for row in curve]
+            colour = COLOURS.get(method, OTHER)
+            ax.plot(n, regret, "--" if "public" in method else "-", color=colour, label=method, linewidth=1.3)
+            low, high = ([v + sign * e for v, e in zip(regret, error, strict=True)] for sign in (-1, 1))
+            ax.fill_between(n, low, high, color=colour, alpha=0.15, lw=0)
         ax.axhline(0.1, color="0.7", linewidth=0.8)
         ax.set(xscale="log", yscale="log", title=f"{problem}, N = {steps}", xlabel="trajectories", ylabel="regret")
         ax.grid(alpha=0.3)
@@ -452,7 +451,7 @@ def main(options: AlgorithmOptions) -> None:
         print(table(apart, [name for name in apart[0] if name != "panel"]))
     rows += [*apart, *learning_curves(runs)]
     path = write(NAME, options, rows, began, part="sweep" if options.sweep else "")
-    draw(rows, runs).savefig(path.with_suffix(".png"), dpi=150)
+    draw(rows).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 
 

@@ -4,10 +4,12 @@ DxMI's loop (arXiv 2406.19464): energy, value and sampler in turn (`ctrl.algorit
 the gradient form <grad V, B a> (actor-critic), the TD form, DxMI's own next value, or DDPO; each from the same
 settings, in as many pictures, its learning rate from the same search (`--tune`). `--data` is a folder of CIFAR-10.
 
-    frechet         between the judging classifier's features of JUDGED new pictures and of the training data's, not FID
-    best untuned    the least of the untuned model's by any sampler at ten steps (SAMPLERS of scale/pixels.py)
+    frechet         between the judging classifier's features of JUDGED new pictures and of the training data's,
+                    no FID; drawn by the sampler that is trained, 2M evenly in log-SNR, ten calls
+    frechet_ode     the same of pictures by DPM-Solver++, which is not trained
+    best untuned    the least of the untuned model's by any sampler at ten steps (SAMPLERS of scale/pixels.py, and 2M)
 
-Runs are kept in OUT/cifar10.runs, so that an interrupted run goes on.
+Runs are kept in OUT/cifar10.runs, each with its pipeline, so that an interrupted benchmark goes on.
 """
 
 from __future__ import annotations
@@ -30,11 +32,12 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.report import Options, Row, check_among, command_line, kept, leave, over_seeds, table, write
+from ctrl import Noise, rollout
 from scale import cifar10, pixels, tuning
-from scale.cifar10 import Settings
+from scale.cifar10 import Settings, Task
 from scale.classifiers import Moments, diversity, features, frechet, histogram
 from scale.diffusion import Score, pictures_of
-from scale.evaluate import nats
+from scale.evaluate import SEED, nats
 
 NAME = "cifar10"
 LEARNED: dict[str, Any] = {
@@ -47,6 +50,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "next-value": {"options": ("nodes=64", "updates=6", "evaluation.critic_updates=8", "evaluation.nodes=64")},
     "ddpo": {"options": ("nodes=64", "passes=1"), "critic": "network"},
 }
+TRAINED = "2m"
+"""The sampler that is trained."""
 RATES = (1e-5, 2e-5, 5e-5)
 """Of the search."""
 RATE = {"actor-critic": 2e-5, "td-form": 5e-5, "next-value": 2e-5, "ddpo": 2e-5}
@@ -104,38 +109,46 @@ class Job:
 
     def settings(self, out: Path) -> Settings:
         """The embedded model's, with what is the method's own."""
-        assert self.method is not None
-        s = Settings.read(Settings.embedded)
+        s, method = Settings.read(Settings.embedded), self.method or "ddpo"  # any serves the untuned
         return replace(
             s, reward=cifar10.ENERGY, data=self.data, seed=self.seed, out=out, log_with="none", pictures_every=0,
-            algorithm=self.method, lr=RATE[self.method] if self.lr is None else self.lr,
-            epochs=self.images // s.samples, **(LEARNED | METHODS[self.method]),
+            algorithm=method, lr=RATE[method] if self.lr is None else self.lr,
+            epochs=max(1, self.images // s.samples), **(LEARNED | METHODS[method]),
         )  # fmt: skip
 
 
 def run(job: Job, store: Path) -> None:
     """Train, judge, and leave a file."""
     torch.set_num_threads(1)
-    if job.method is None:
-        untuned = pixels.load(str(Settings.embedded.with_suffix("")))
-        steps = Settings.read(Settings.embedded).steps
-        leave({name: judged(pixels.draw(untuned, range(job.judged), name, steps)) for name in pixels.SAMPLERS},
-              store, job.key)  # fmt: skip
-        return
     out = store / f"{job.key}.run"
     shutil.rmtree(out, ignore_errors=True)
     began, s = time.process_time(), job.settings(out)
     accelerator, seen = tuning.accelerator_of(s), Seen()
     task = cifar10.assemble(s, None, accelerator)
+    if job.method is None:
+        drawn = {by: pixels.draw(task.pipeline, range(job.judged), by, s.steps, s.batch) for by in pixels.SAMPLERS}
+        leave({by: judged(images) for by, images in {**drawn, TRAINED: sampled(task, s, job.judged)}.items()},
+              store, job.key)  # fmt: skip
+        return
     tuning.begin(s, task, accelerator, NAME)
     history = tuning.learn(s, task, accelerator, seen)
     seconds, last = time.process_time() - began, history[-1]
-    images = pixels.draw(task.pipeline, range(job.judged), s.eval_sampler, s.steps, s.batch)
+    task.pipeline.save_pretrained(out / "pipeline")
+    ode = pixels.draw(task.pipeline, range(job.judged), s.eval_sampler, s.steps, s.batch)
     kl = nats(task.problem, Score.of(task.pipeline), lambda ids: None, s.batch, 25, s.batch)
-    row = {**judged(images), "path_kl": float(kl.mean), "seconds": seconds, "network_calls": last["network_calls"],
-           "curve": seen.curve}  # fmt: skip
+    row = {**judged(sampled(task, s, job.judged)), "frechet_ode": judged(ode)["frechet"], "path_kl": float(kl.mean),
+           "seconds": seconds, "network_calls": last["network_calls"], "curve": seen.curve}  # fmt: skip
     leave(row, store, job.key)
     shutil.rmtree(out / "checkpoints")
+
+
+def sampled(task: Task, s: Settings, n: int) -> Tensor:
+    """Pictures by the sampler that is trained, without jitter; each has its own noise, which was not trained on."""
+    times = task.fit.grid(task.problem, s.steps)
+    return torch.cat([
+        pictures_of(None, rollout(task.problem, task.policy, times, Noise(SEED), ids, solver=task.fit.solver).x[-1])
+        for ids in torch.arange(n).split(s.batch)
+    ])  # fmt: skip
 
 
 class Seen:
@@ -164,7 +177,7 @@ def jobs_of(o: CIFAROptions) -> list[Job]:
     if o.tune:
         return [Job(name, 1000, o.images, o.judged, o.data, lr) for name in o.method for lr in RATES]
     seeds, images, n = (1, 128, 64) if o.quick else (o.seeds, o.images, o.judged)
-    return [Job(None, 0, 0, n, None)] + [
+    return [Job(None, 0, 0, n, o.data)] + [
         Job(name, o.seed + seed, images, n, o.data) for seed in range(seeds) for name in o.method
     ]
 
@@ -181,6 +194,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
         yield {
             "panel": "forms", "algorithm": method, "seeds": len(group), "lr": RATE[method],
             "images": max(job.images for job in runs if job.method == method), **over_seeds("frechet", found),
+            **over_seeds("frechet_ode", [r["frechet_ode"] for r in group]),
             **{name: mean(r[name] for r in group)
                for name in ("path_kl", "diversity", "largest_class", "network_calls", "seconds")},
         }  # fmt: skip
@@ -195,7 +209,7 @@ def main(o: CIFAROptions) -> None:
     runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
     if o.tune:
         rows: list[Row] = [
-            {"algorithm": j.method, "lr": j.lr, "frechet": r["frechet"], "path_kl": r["path_kl"]}
+            {"algorithm": j.method, "lr": j.lr, **{name: r[name] for name in ("frechet", "frechet_ode", "path_kl")}}
             for j, r in runs.items()
         ]
         print(table(rows, list(rows[0])))

@@ -1,30 +1,33 @@
 """Beside TRL's DDPOTrainer on the embedded Stable Diffusion, for `benchmarks/throughput.py`.
 
 peer     one epoch of the same work: same steps, batches, guidance, reward, threads, one optimiser step; interleaved.
-race     wall time until the reward has grown to TARGET, the mean over the pictures of the last WINDOW epochs, and the
-         path KL that was paid by then. A side has the learning rate that was the fastest of RATES, tried with a seed of
-         its own (`--tune`). Ours is adjoint matching with the options of the default run, TRL's is DDPO as it is.
+race     time in training until the mean reward of JUDGED pictures, drawn by the pipeline's own call in N steps of DDIM
+         from one noise, has grown by GAIN, and the path KL that was paid by then. Looks are EVERY pictures apart, their
+         time does not count, and the moment is interpolated. A side has the learning rate that was the fastest of
+         RATES, tried with a seed of its own (`--tune`). TRL's is DDPO as it is, on N steps; ours is adjoint matching
+         with the options of the default run, in epochs of half as many pictures, on TEN steps whatever N: the policy
+         is of continuous time.
 """
 
 from __future__ import annotations
 
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
 from benchmarks.peer import PROMPTS, Work, started
 from benchmarks.report import Row, kept, leave, number, over_seeds
 from benchmarks.timing import ratio
-from scale import models, prompts, sd15
+from scale import models, prompts, sd15, shapes
 from scale.diffusion import Prompts, Score, problem
-from scale.evaluate import nats
+from scale.evaluate import draw, nats
 
 ADJOINT: dict[str, Any] = {
     "algorithm": "adjoint-matching", "options": ["nodes=128", "updates=6"], "beta": 0.1, "solver": "2m",
@@ -64,13 +67,15 @@ def peer(python: str, repeats: int, threads: int) -> list[Row]:
 # ------------------------------------------------------------------------------------------ to a reward
 
 
-TARGET, WINDOW = 0.65, 4
+GAIN, JUDGED, EVERY = 0.08, 128, 128
 STEPS = (20, 50)
+TEN = 10
 IMAGES = 1920
 """After which a run is given up."""
 RATES = (6e-5, 1.8e-4, 5.4e-4)
 RATE = {"ours": 1.8e-4, "trl": 1.8e-4}
-RUN = Work(samples=64, batch=64, guidance=2.0)
+RUN = {"ours": Work(samples=32, batch=32, guidance=2.0, own={**ADJOINT, "steps": TEN}),
+       "trl": Work(samples=64, batch=64, guidance=2.0)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,7 @@ def race(python: str, seeds: int, store: Path, tune: bool = False) -> list[Row]:
         rows.append({
             "panel": "tuning" if tune else "race", "case": f"{side}, N = {steps}", "lr": lr, "seeds": len(group),
             "reached": sum(r["reached"] for r in group), **over_seeds("seconds", [r["seconds"] for r in group]),
-            **{name: mean(r[name] for r in group) for name in ("images", "reward", "path_kl")},
+            **{name: mean(r[name] for r in group) for name in ("images", "gain", "path_kl")},
         })  # fmt: skip
     return rows if tune else rows + [shorter(steps, runs) for steps in STEPS]
 
@@ -121,27 +126,56 @@ def shorter(steps: int, runs: dict[Job, Any]) -> Row:
 
 def run(job: Job, store: Path) -> None:
     """Until the reward is there, or the pictures are used up."""
-    own = ADJOINT | {"epochs": IMAGES // RUN.samples} if job.side == "ours" else {}
-    work = replace(RUN, steps=job.steps, seed=job.seed, lr=job.lr, own=own)
-    rewards: list[float] = []
-    spent, reached = 0.0, False
+    work = replace(RUN[job.side], steps=job.steps, seed=job.seed, lr=job.lr)
+    before = rewarded(untuned(), job.steps)
+    looks = [Look(0, 0.0, 0.0)]
     with tempfile.TemporaryDirectory() as folder, started(job.side, work, job.python) as ask:
-        while not reached and len(rewards) < IMAGES // RUN.samples:
-            epoch = ask("epoch")
-            spent += number(epoch, "seconds")
-            rewards.append(number(epoch, "reward"))
-            reached = len(rewards) >= WINDOW and mean(rewards[-WINDOW:]) >= TARGET
-        ask(f"save {folder}")
-        kl = paid(Path(folder))
-    leave({"seconds": spent, "reached": reached, "images": len(rewards) * RUN.samples, "curve": rewards,
-           "reward": mean(rewards[-WINDOW:]), "path_kl": kl}, store, job.key)  # fmt: skip
+        while looks[-1].gain < GAIN and looks[-1].images < IMAGES:
+            spent = sum(number(ask("epoch"), "seconds") for _ in range(EVERY // work.samples))
+            ask(f"save {folder}")
+            tuned: Any = untuned()
+            tuned.unet = UNet2DConditionModel.from_pretrained(folder)
+            gain = rewarded(tuned, job.steps) - before
+            looks.append(Look(looks[-1].images + EVERY, looks[-1].seconds + spent, gain))
+    reached = looks[-1].gain >= GAIN
+    end = crossing(*looks[-2:]) if reached else looks[-1]
+    leave({**asdict(end), "reached": reached, "path_kl": paid(tuned), "looks": [asdict(look) for look in looks]},
+          store, job.key)  # fmt: skip
 
 
-def paid(folder: Path, samples: int = 64) -> float:
-    """Path KL of a tuned UNet, in nats a picture."""
-    pipeline = models.load(str(sd15.Settings.embedded.with_suffix("")))
-    reference = Score.of(pipeline, RUN.guidance).frozen()
-    pipeline.unet = UNet2DConditionModel.from_pretrained(folder)
-    task = problem(reference, lambda x, cond: x.sum((1, 2, 3)), beta=1.0)
-    conditions = Prompts.encode(pipeline, prompts.read(PROMPTS))
-    return float(nats(task, Score.of(pipeline, RUN.guidance), conditions, samples, 25, samples).mean)
+@dataclass(frozen=True)
+class Look:
+    """What has been gained, and at what cost."""
+
+    images: float
+    seconds: float
+    gain: float
+
+
+def crossing(first: Look, last: Look) -> Look:
+    """The moment in between at which GAIN was reached, on a straight line."""
+    share = (GAIN - first.gain) / (last.gain - first.gain)
+    return Look(
+        first.images + share * (last.images - first.images),
+        first.seconds + share * (last.seconds - first.seconds),
+        GAIN,
+    )
+
+
+def untuned() -> StableDiffusionPipeline:
+    """The embedded pipeline."""
+    return models.load(str(sd15.Settings.embedded.with_suffix("")))
+
+
+def rewarded(pipeline: StableDiffusionPipeline, steps: int) -> float:
+    """The mean over the pictures that are judged."""
+    pictures = draw(pipeline, prompts.read(PROMPTS), range(JUDGED), "ddim", steps, RUN["trl"].guidance, JUDGED)
+    return float(pictures.rewarded(shapes.following_soft, JUDGED).mean())
+
+
+def paid(tuned: StableDiffusionPipeline, samples: int = 64) -> float:
+    """Path KL, in nats a picture."""
+    policy, reference = (Score.of(p, RUN["trl"].guidance) for p in (tuned, untuned()))
+    task = problem(reference.frozen(), lambda x, cond: x.sum((1, 2, 3)), beta=1.0)
+    conditions = Prompts.encode(tuned, prompts.read(PROMPTS))
+    return float(nats(task, policy, conditions, samples, 25, samples).mean)

@@ -212,15 +212,20 @@ def by_sampler(runs: dict[Job, Any]) -> Iterator[Row]:
                "gain": mean(gains), "gain_se": se}  # fmt: skip
 
 
-def draw(runs: dict[Job, Any], rows: Sequence[Row]) -> Figure:
-    """A row a reward: what was learned from how many pictures, and what is left of it by sampler and steps."""
-    rewards = list(dict.fromkeys(job.reward for job in runs))
+def draw(rows: Sequence[Row]) -> Figure:
+    """A row a reward: what was learned from how many pictures, a line a seed, and what is left of it by sampler and
+    steps."""
+    rewards = list(dict.fromkeys(str(r["reward"]) for r in rows))
     figure = Figure(figsize=(8.5, 3.1 * len(rewards)), layout="constrained")
     for (left, right), reward in zip(figure.subplots(len(rewards), 2, squeeze=False), rewards, strict=True):
-        for job, r in runs.items():
-            if job.reward == reward:
-                left.plot(*zip(*smoothed(r["curve"]), strict=True), color=COLOURS[job.method], linewidth=1.2,
-                          label=job.method if job.seed == min(j.seed for j in runs) else None)  # fmt: skip
+        learned: dict[tuple[str, Any], list[Row]] = {}
+        for r in rows:
+            if r["panel"] == "curve" and r["reward"] == reward:
+                learned.setdefault((str(r["algorithm"]), r["seed"]), []).append(r)
+        for (method, _), curve in learned.items():
+            shown = method in left.get_legend_handles_labels()[1]
+            left.plot([number(r, "images") for r in curve], [number(r, "value") for r in curve], color=COLOURS[method],
+                      linewidth=1.2, label=None if shown else method)  # fmt: skip
         for method, marks in product(METHODS, (("ddim", "o"), ("dpmsolver++", "s"), ("unipc", "^"), ("euler", "v"))):
             line = [r for r in rows if r["panel"] == "samplers" and (r["reward"], r["algorithm"], r["sampler"])
                     == (reward, method, marks[0])]  # fmt: skip
@@ -244,20 +249,21 @@ def main(o: SDTinyOptions) -> None:
     began = time.perf_counter()
     runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
     if o.tune:
-        rows: list[Row] = [
+        tried: list[Row] = [
             {"reward": j.reward, "algorithm": j.method, "lr": j.lr, "last": smoothed(r["curve"])[-1][1],
              "gain": r["evaluation"]["gain"], "path_kl": r["evaluation"]["path_kl"]} for j, r in runs.items()
         ]  # fmt: skip
-        print(table(rows, list(rows[0])))
-        print("->", write(NAME, o, rows, began, part="tuning"))
+        print(table(tried, list(tried[0])))
+        print("->", write(NAME, o, tried, began, part="tuning"))
         return
     whole, half = ({job: r for job, r in runs.items() if job.half == is_half} for is_half in (False, True))
     learning = [*summarise(whole, "learning"), *summarise(half, "half")]
     samplers = list(by_sampler(whole))
     print(table(learning, list(learning[0])))
     print(table(samplers, [name for name in samplers[0] if name != "panel"]))
-    path = write(NAME, o, [*learning, *samplers, *curves(whole)], began)
-    draw(whole, samplers).savefig(path.with_suffix(".png"), dpi=150)
+    rows = [*learning, *samplers, *curves(whole)]
+    path = write(NAME, o, rows, began)
+    draw(rows).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 
 

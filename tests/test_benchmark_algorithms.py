@@ -92,7 +92,8 @@ def test_what_was_done_is_not_repeated(tmp_path):
     assert summary["regret_se"] == pytest.approx(0.01)  # sd .02/sqrt 2 over sqrt 2
     assert summary["to_10pct"] is None, "one of two seeds never gets there: the median is infinite"
     assert summary["critic_gradient_error"] is None and summary["diverged"] == 0
-    assert len(draw([summary], rows).axes) == 1
+    (axes,) = draw([summary, *learning_curves(rows)]).axes
+    assert list(axes.lines[0].get_ydata()) == [0.2, 0.05]
 
 
 def test_learning_curves_are_means_over_the_seeds_that_have_not_failed():
