@@ -66,6 +66,8 @@ class ThroughputOptions(Options):
     """Runs of each side in the race, with seeds 0, 1, ..."""
     tune: bool = False
     """Try the race's learning rates, with one seed that is not among the others, instead."""
+    jobs: int = 1
+    """Runs of the race at a time; beside one another all are slower alike."""
     repeats: int = 7
     """Pairs; --quick takes 2."""
     threads: int = 1
@@ -279,7 +281,7 @@ def python_of(o: ThroughputOptions) -> str:
 PANELS: dict[str, Callable[[ThroughputOptions, Path], list[Row]]] = {
     "limit": limit, "solvers": solvers, "scaling": lambda o, _: scaling(o.quick), "gpu": lambda o, _: gpu(o.quick),
     "peer": lambda o, _: peer(python_of(o), repeats(o), o.threads),
-    "race": lambda o, _: race(python_of(o), o.seeds, o.out / f"{NAME}.runs", o.tune),
+    "race": lambda o, _: race(python_of(o), o.seeds, o.out / f"{NAME}.runs", o.jobs, o.tune),
 }  # fmt: skip
 COLUMNS = ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds")
 
