@@ -19,12 +19,12 @@ from paper_figures.results import Results, Row, grouped, seeds
 from paper_figures.style import COLOURS, DOUBLE, legend_below, panels
 
 NAMES = {"ancestral": "ancestral", "ddim": "DDIM", "dpmsolver++": "DPM-Solver++", "sde-dpmsolver++": "SDE-DPM-Solver++",
-         "unipc": "UniPC"}  # fmt: skip
+         "unipc": "UniPC", "2m": "2M"}  # fmt: skip
 
 
 def draw(results: Results) -> Figure:
-    """Left, of the last epochs' pictures while training, a line a seed; right, at the end, beside the untuned model by
-    each sampler."""
+    """Left, of the last epochs' pictures while training, a line a seed; right, at the end by 2M, which is trained,
+    beside the untuned model by each sampler."""
     figure, (left, right) = panels(DOUBLE, 2.8, 1, 2)
     for (method, _), curve in grouped(results.rows("cifar10", "curve"), "algorithm", "seed").items():
         left.plot([row["images"] for row in curve], [row["frechet"] for row in curve], color=COLOURS[method],
