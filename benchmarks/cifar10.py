@@ -5,7 +5,7 @@ the gradient form <grad V, B a> (actor-critic), the TD form, DxMI's own next val
 settings, in as many pictures, its learning rate from the same search (`--tune`). `--data` is a folder of CIFAR-10.
 
     frechet         between the judging classifier's features of JUDGED new pictures and of the training data's,
-                    no FID; drawn by the sampler that is trained, 2M evenly in log-SNR, ten calls
+                    no FID; drawn by the sampler that is trained: 2M in ten steps of log-SNR, jittered
     frechet_ode     the same of pictures by DPM-Solver++, which is not trained
     best untuned    the least of the untuned model's by any sampler at ten steps (SAMPLERS of scale/pixels.py, and 2M)
 
@@ -143,11 +143,14 @@ def run(job: Job, store: Path) -> None:
 
 
 def sampled(task: Task, s: Settings, n: int) -> Tensor:
-    """Pictures by the sampler that is trained, without jitter; each has its own noise, which was not trained on."""
-    times = task.fit.grid(task.problem, s.steps)
+    """Pictures by the sampler that is trained, the jitter of its steps as well; each has its own noise, which was not
+    trained on, and 64 share their steps."""
     return torch.cat([
-        pictures_of(None, rollout(task.problem, task.policy, times, Noise(SEED), ids, solver=task.fit.solver).x[-1])
-        for ids in torch.arange(n).split(s.batch)
+        pictures_of(None, rollout(
+            task.problem, task.policy, task.fit.times(task.problem, Noise(SEED, k)), Noise(SEED), ids,
+            solver=task.fit.solver,
+        ).x[-1])
+        for k, ids in enumerate(torch.arange(n).split(s.batch))
     ])  # fmt: skip
 
 

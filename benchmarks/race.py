@@ -3,10 +3,10 @@
 peer     one epoch of the same work: same steps, batches, guidance, reward, threads, one optimiser step; interleaved.
 race     time in training until the mean reward of JUDGED pictures, drawn by the pipeline's own call in N steps of DDIM
          from one noise, has grown by GAIN, and the path KL that was paid by then. Looks are EVERY pictures apart, their
-         time does not count, and the moment is interpolated. A side has the learning rate that was the fastest of
-         RATES, tried with a seed of its own (`--tune`). TRL's is DDPO as it is, on N steps; ours is adjoint matching
-         with the options of the default run, in epochs of half as many pictures, on TEN steps whatever N: the policy
-         is of continuous time.
+         time does not count, and the moment is interpolated. A side has the learning rate of RATES that got there first
+         within NATS of path KL, or furthest, tried with a seed of its own (`--tune`). TRL's is DDPO as it is, on N
+         steps; ours is adjoint matching with the options of the default run, in epochs of half as many pictures, on TEN
+         steps whatever N: the policy is of continuous time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def peer(python: str, repeats: int, threads: int) -> list[Row]:
 GAIN, JUDGED, EVERY = 0.08, 128, 128
 STEPS = (20, 50)
 TEN = 10
-IMAGES = 960
+NATS = 4.0
+IMAGES = 1024
 """After which a run is given up."""
 RATES = (7e-6, 2e-5, 6e-5, 1.8e-4)
 RATE = {"ours": 1.8e-4, "trl": 1.8e-4}
@@ -105,10 +106,11 @@ def race(python: str, seeds: int, store: Path, jobs_at_once: int, tune: bool = F
     rows: list[Row] = []
     for steps, lr, side in dict.fromkeys((job.steps, job.lr, job.side) for job in jobs):
         group = [r for job, r in runs.items() if (job.steps, job.lr, job.side) == (steps, lr, side)]
+        within = mean(r["path_kl"] for r in group) <= NATS
         rows.append({
             "panel": "tuning" if tune else "race", "case": f"{side}, N = {steps}", "lr": lr, "seeds": len(group),
             "reached": sum(r["reached"] for r in group), **over_seeds("seconds", [r["seconds"] for r in group]),
-            **{name: mean(r[name] for r in group) for name in ("images", "gain", "path_kl")},
+            **{name: mean(r[name] for r in group) for name in ("images", "gain", "path_kl")}, "within": within,
         })  # fmt: skip
     return rows if tune else rows + [shorter(steps, runs) for steps in STEPS]
 

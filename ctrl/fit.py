@@ -147,6 +147,14 @@ class Settings:
             object.__setattr__(self, "out", Path(out))
         check_fields(self, _LIMITS)
 
+    def times(self, problem: Problem, noise: Noise) -> Tensor:
+        """The grid, (N+1,), that an epoch with this noise goes along."""
+        times = self.grid(problem, self.steps)
+        if not self.jitter or self.steps == 1:
+            return times
+        shift = noise.uniform(torch.zeros(1, dtype=torch.int64), (self.steps - 1,), GRID)[0] - 0.5
+        return grids.jitter(times, 2 * self.jitter * shift)
+
 
 @dataclass
 class Learner:
@@ -320,10 +328,7 @@ class Run:
         """This process's share of an epoch's trajectories, with their rewards."""
         settings, device = self.settings, self.accelerator.device
         noise = Noise(settings.seed, self.epoch)
-        times = settings.grid(self.problem, settings.steps)
-        if settings.jitter and settings.steps > 1:
-            shift = noise.uniform(torch.zeros(1, dtype=torch.int64), (settings.steps - 1,), GRID)[0] - 0.5
-            times = grids.jitter(times, 2 * settings.jitter * shift)
+        times = settings.times(self.problem, noise)
         first = self.epoch * settings.samples
         ids = torch.arange(first + self.replay.rank, first + settings.samples, self.replay.world, device=device)
         behaviour = self.algorithm.behaviour(self.policy)

@@ -344,7 +344,7 @@ def test_our_time_over_theirs_is_taken_seed_by_seed():
 )
 def test_a_race_ends_where_the_reward_is_reached(gains, seconds, reached, monkeypatch, tmp_path):
     """Looks after four epochs of ten seconds in all; on a straight line between them .08 is 3/8 of the way from .05 to
-    .13. Without a gain it ends after 960 pictures, 8 looks."""
+    .13. Without a gain it ends after 1,024 pictures, 8 looks."""
     before = models.load(str(EMBEDDED.with_suffix(""))).unet
 
     @contextmanager
