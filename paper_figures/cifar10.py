@@ -23,7 +23,7 @@ NAMES = {"ancestral": "ancestral", "ddim": "DDIM", "dpmsolver++": "DPM-Solver++"
 
 
 def draw(results: Results) -> Figure:
-    """Left, of the last epochs' pictures while training, a line a seed; right, at the end by 2M, which is trained,
+    """Left, of the last epochs' pictures while training, a line a seed; right, at the end, by 2M as it was trained,
     beside the untuned model by each sampler."""
     figure, (left, right) = panels(DOUBLE, 2.8, 1, 2)
     for (method, _), curve in grouped(results.rows("cifar10", "curve"), "algorithm", "seed").items():
