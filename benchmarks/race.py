@@ -71,12 +71,12 @@ GAIN, JUDGED, EVERY = 0.08, 128, 128
 STEPS = (20, 50)
 TEN = 10
 NATS = 4.0
-IMAGES = 1024
+IMAGES = 2048
 """After which a run is given up."""
 RATES = (7e-6, 2e-5, 6e-5, 1.8e-4)
 RATE = {"ours": 1.8e-4, "trl": 1.8e-4}
-RUN = {"ours": Work(samples=32, batch=32, guidance=2.0, own={**ADJOINT, "steps": TEN}),
-       "trl": Work(samples=64, batch=64, guidance=2.0)}  # fmt: skip
+OWN = ADJOINT | {"options": ["nodes=64", "updates=6"], "steps": TEN}
+RUN = {"ours": Work(samples=32, batch=32, guidance=2.0, own=OWN), "trl": Work(samples=64, batch=64, guidance=2.0)}
 
 
 @dataclass(frozen=True)
