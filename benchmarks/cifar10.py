@@ -55,7 +55,7 @@ TRAINED = "2m"
 RATES = (1e-5, 2e-5, 5e-5)
 """Of the search."""
 RATE = {"actor-critic": 2e-5, "td-form": 5e-5, "next-value": 2e-5, "ddpo": 2e-5}
-"""What the search found (results/cifar10_tuning.json)."""
+"""What the search found by frechet_ode (results/cifar10_tuning.json)."""
 WINDOW = 4
 """Epochs whose pictures make one point of the curve."""
 

@@ -75,6 +75,7 @@ IMAGES = 2048
 """After which a run is given up."""
 RATES = (7e-6, 2e-5, 6e-5, 1.8e-4)
 RATE = {"ours": 1.8e-4, "trl": 1.8e-4}
+"""A guess: the search has not been run to its end, and the race has no committed result."""
 OWN = ADJOINT | {"options": ["nodes=64", "updates=6"], "steps": TEN}
 RUN = {"ours": Work(samples=32, batch=32, guidance=2.0, own=OWN), "trl": Work(samples=64, batch=64, guidance=2.0)}
 

@@ -187,8 +187,8 @@ def lean_adjoint(problem: Problem, trajectory: Trajectory) -> tuple[Tensor, Tens
 def _backward_by_means(problem: ScoreAsAction, trajectory: Trajectory) -> tuple[Tensor, Tensor]:
     """p_k = e^{-rho dt} (dm_k/dx)' p_{k+1} - dt grad l, m_k the mean of the exponential step under the reference.
 
-    At eta = 1 that mean is E[X_{k+1} | X_k], whatever the data and the step, so that no grid is too coarse to be stable
-    and Gaussian data have the exact p; elsewhere it is first order. One vector-Jacobian product a node.
+    At eta = 1 and under the true score that mean is E[X_{k+1} | X_k], whatever the data and however long the step, and
+    Gaussian data have the exact p; elsewhere it is first order. One vector-Jacobian product a node.
     """
     _check_end(problem, trajectory)
     times, cond, step = _times(trajectory), trajectory.cond, Exponential()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,19 @@ from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
 
-from ctrl import checkpoint
+from benchmarks import cifar10 as forms
+from ctrl import DDIM, checkpoint
+from ctrl.algorithms import DDPO
+from ctrl.fit import Settings as FitSettings
+from ctrl.fit import fit
 from scale import cifar10, pixels
 from scale.cifar10 import Evaluate, Sample, Settings, energy_of, evaluate_run, export, main, sample, train
-from scale.diffusion import Score
+from scale.diffusion import Score, pictures_of
+from scale.evaluate import SEED
 from scale.pretrain import Pretrain, batch_of, factor, loss_of, pretrain
 from scale.tuning import Export
+from toy import catalogue
+from toy.networks import Policy
 
 
 @pytest.fixture(scope="module")
@@ -327,3 +335,20 @@ def test_wrong_recipes_say_so(pictures, tmp_path, changes, message):
 def test_a_picture_that_cannot_be_halved_is_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="cannot be halved 4 times"):
         pretrain(small(pictures, tmp_path / "m", channels=(8,) * 5))
+
+
+def test_the_forms_are_judged_by_the_sampler_that_is_trained():
+    """The first batch of judged pictures is an epoch of training with the same seed: its ids, its jittered steps."""
+    entry = catalogue.get("gaussian-1d")
+    policy, ends = Policy(entry.problem), []
+    settings = FitSettings(epochs=1, samples=4, steps=6, solver=DDIM(), seed=SEED, lr=1e-9, progress=False)
+    fit(
+        entry.problem, policy, DDPO(passes=1, nodes=8), settings=settings,
+        callbacks=[lambda run, metrics: ends.append(run.replay.batches[-1].trajectory.x[-1])],
+    )  # fmt: skip
+    task = SimpleNamespace(problem=entry.problem, policy=policy, fit=settings)
+    found = forms.sampled(task, SimpleNamespace(batch=4), 10)
+    assert len(found) == 10
+    torch.testing.assert_close(found[:4], pictures_of(None, ends[0]), rtol=0, atol=1e-6)  # an update of 1e-9 in between
+    still = SimpleNamespace(problem=entry.problem, policy=policy, fit=dataclasses.replace(settings, jitter=0.0))
+    assert not torch.allclose(found, forms.sampled(still, SimpleNamespace(batch=4), 10), atol=1e-3)

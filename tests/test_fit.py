@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 import ctrl.algorithms
-from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, StructuredCritic, grids, path_kl
+from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm, PathConsistency
 from ctrl.fit import Settings, fit, linear_decay
 from toy import catalogue
@@ -359,6 +359,8 @@ def test_every_epoch_has_samples_and_times_of_its_own():
         assert bool(((path.t - natural)[1:-1].abs() <= 0.4 * step).all())
     assert not torch.isclose(paths[0].t[1:-1], paths[1].t[1:-1]).any()
     assert all(torch.equal(path.t, natural) for path in train(samples=4, jitter=0.0).paths)
+    problem, along = catalogue.get("mixture-2d").problem, Settings(steps=6)
+    assert all(torch.equal(path.t, along.times(problem, Noise(0, epoch))) for epoch, path in enumerate(paths))
 
 
 def test_one_step_and_one_sample():
