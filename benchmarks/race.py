@@ -5,8 +5,8 @@ race     time in training until the mean reward of JUDGED pictures, drawn by the
          from one noise, has grown by GAIN, and the path KL that was paid by then. Looks are EVERY pictures apart, their
          time does not count, and the moment is interpolated. A side has the learning rate of RATES that got there first
          within NATS of path KL, or furthest, tried with a seed of its own (`--tune`). TRL's is DDPO as it is, on N
-         steps; ours is adjoint matching with the options of the default run, in epochs of half as many pictures, on TEN
-         steps whatever N: the policy is of continuous time.
+         steps; ours is adjoint matching with the options of the default run, in epochs of as many pictures and half its
+         nodes, on TEN steps whatever N: the policy is of continuous time.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ GAIN, JUDGED, EVERY = 0.08, 128, 128
 STEPS = (20, 50)
 TEN = 10
 NATS = 4.0
-IMAGES = 2048
+IMAGES = 1024
 """After which a run is given up."""
-RATES = (7e-6, 2e-5, 6e-5, 1.8e-4)
-RATE = {"ours": 1.8e-4, "trl": 1.8e-4}
-"""A guess: the search has not been run to its end, and the race has no committed result."""
+RATES = (2.5e-6, 7e-6, 2e-5, 6e-5, 1.8e-4)
+RATE = {"ours": 6e-5, "trl": 7e-6}
 OWN = ADJOINT | {"options": ["nodes=64", "updates=6"], "steps": TEN}
-RUN = {"ours": Work(samples=32, batch=32, guidance=2.0, own=OWN), "trl": Work(samples=64, batch=64, guidance=2.0)}
+SAME = Work(samples=32, batch=32, guidance=2.0)
+RUN = {"ours": replace(SAME, own=OWN), "trl": SAME}
 
 
 @dataclass(frozen=True)
@@ -104,16 +104,28 @@ def race(python: str, seeds: int, store: Path, jobs_at_once: int, tune: bool = F
         for lr, seed, steps in cases for side in ("ours", "trl")
     ]  # fmt: skip
     runs = kept(run, jobs, store, jobs_at_once)
+    if tune:
+        return ends(runs, "tuning")
+    looks: list[Row] = [
+        {"panel": "looks", "case": f"{job.side}, N = {job.steps}", "seed": job.seed, **look}
+        for job, r in runs.items() for look in r["looks"]
+    ]  # fmt: skip
+    return ends(runs, "race") + [shorter(steps, runs) for steps in STEPS] + looks
+
+
+def ends(runs: dict[Job, Any], panel: str) -> list[Row]:
+    """Where each side was when it ended, over seeds."""
     rows: list[Row] = []
-    for steps, lr, side in dict.fromkeys((job.steps, job.lr, job.side) for job in jobs):
+    for steps, lr, side in dict.fromkeys((job.steps, job.lr, job.side) for job in runs):
         group = [r for job, r in runs.items() if (job.steps, job.lr, job.side) == (steps, lr, side)]
         within = mean(r["path_kl"] for r in group) <= NATS
         rows.append({
-            "panel": "tuning" if tune else "race", "case": f"{side}, N = {steps}", "lr": lr, "seeds": len(group),
+            "panel": panel, "case": f"{side}, N = {steps}", "lr": lr, "seeds": len(group),
             "reached": sum(r["reached"] for r in group), **over_seeds("seconds", [r["seconds"] for r in group]),
             **{name: mean(r[name] for r in group) for name in ("images", "gain", "path_kl")}, "within": within,
+            "goal": GAIN,
         })  # fmt: skip
-    return rows if tune else rows + [shorter(steps, runs) for steps in STEPS]
+    return rows
 
 
 def shorter(steps: int, runs: dict[Job, Any]) -> Row:
@@ -172,13 +184,13 @@ def untuned() -> StableDiffusionPipeline:
 
 def rewarded(pipeline: StableDiffusionPipeline, steps: int) -> float:
     """The mean over the pictures that are judged."""
-    pictures = draw(pipeline, prompts.read(PROMPTS), range(JUDGED), "ddim", steps, RUN["trl"].guidance, JUDGED)
+    pictures = draw(pipeline, prompts.read(PROMPTS), range(JUDGED), "ddim", steps, SAME.guidance, JUDGED)
     return float(pictures.rewarded(shapes.following_soft, JUDGED).mean())
 
 
 def paid(tuned: StableDiffusionPipeline, samples: int = 64) -> float:
     """Path KL, in nats a picture."""
-    policy, reference = (Score.of(p, RUN["trl"].guidance) for p in (tuned, untuned()))
+    policy, reference = (Score.of(p, SAME.guidance) for p in (tuned, untuned()))
     task = problem(reference.frozen(), lambda x, cond: x.sum((1, 2, 3)), beta=1.0)
     conditions = Prompts.encode(tuned, prompts.read(PROMPTS))
     return float(nats(task, policy, conditions, samples, 25, samples).mean)

@@ -126,7 +126,7 @@ class Subject:
         parts: list[tuple[Any, str, Any]] = [
             (policy, "forward", "policy"), (reference, "forward", "reference"),
             (run.accelerator, "backward", lambda *_: f"backward, {now[0]}"),
-            (torch.autograd, "grad", "backward, slopes"), (Noise, "normal", "random numbers"),
+            (torch.autograd, "grad", "backward, slopes"), (Noise, "_normals", "random numbers"),
             (run.problem, "reward", "reward and decoding"),
             *((learner, "step", "optimiser") for learner in run.learners.values()),
         ]  # fmt: skip
@@ -296,7 +296,7 @@ def main(o: ThroughputOptions) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
             rows += PANELS[panel](o, Path(folder))
-    shown = [row for row in rows if row["panel"] not in ("profile", "scaling")]
+    shown = [row for row in rows if row["panel"] not in ("profile", "scaling", "looks")]
     print(table([{c: row.get(c) for c in COLUMNS} for row in shown], COLUMNS))
     print("->", write(NAME, o, rows, began, part="tuning" if o.tune else ""))
 
@@ -306,7 +306,7 @@ def before(o: ThroughputOptions) -> list[Row]:
     file = o.out / f"{NAME}.json"
     if o.tune or not file.is_file():
         return []
-    made = {"limit": ("limit", "profile"), "scaling": ("scaling", "exponents")}
+    made = {"limit": ("limit", "profile"), "scaling": ("scaling", "exponents"), "race": ("race", "looks")}
     anew = [name for panel in o.panel for name in made.get(panel, (panel,))]
     rows = json.loads(file.read_text())["rows"]
     return [{k: v for k, v in row.items() if v is not None} for row in rows if row["panel"] not in anew]

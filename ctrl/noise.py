@@ -9,9 +9,10 @@ distribution function of 52 bits (so |xi| < 8.3).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111
 INITIAL, PATH, ACTION, GRID = range(4)
 """First words of an address: the initial state, the driving noise, exploration (by step: actions have no path), and
 what an epoch draws for all samples at once."""
+_AT_ONCE = 1 << 16
+"""Numbers of the driving noise: small steps are drawn together, up to this many."""
 
 
 def _mix_word(z: int) -> int:
@@ -70,16 +73,25 @@ class Noise:
 
     def uniform(self, ids: Tensor, shape: Sequence[int], *address: int) -> Tensor:
         """Uniform on (0, 1), float64, (B, *shape); ids: (B,) int64."""
+        return self._uniforms(ids, shape, [address])[0]
+
+    def _uniforms(self, ids: Tensor, shape: Sequence[int], addresses: Iterable[Sequence[int]]) -> Tensor:
+        """The same at K addresses, (K, B, *shape)."""
         if ids.ndim != 1 or ids.dtype != torch.int64:
             raise ValueError(f"ids must be a 1-D int64 tensor, got {ids.dtype} of shape {tuple(ids.shape)}")
-        sample = _mix(_mix(ids + _signed(_GOLDEN)).bitwise_xor_(_signed(self.word(*address))))
-        bits = _mix(sample[:, None] ^ _elements(math.prod(shape), ids.device))
+        words = torch.tensor([_signed(self.word(*address)) for address in addresses], device=ids.device)
+        sample = _mix(_mix(ids + _signed(_GOLDEN)) ^ words[:, None])
+        bits = _mix(sample[..., None] ^ _elements(math.prod(shape), ids.device))
         fraction = (bits >> 12).bitwise_and_(_WORD >> 12).double()
-        return fraction.add_(0.5).mul_(2.0**-52).reshape(len(ids), *shape)  # exact; 53 bits would round up to 1
+        return fraction.add_(0.5).mul_(2.0**-52).reshape(*sample.shape, *shape)  # exact; 53 bits would round up to 1
 
     def normal(self, ids: Tensor, shape: Sequence[int], *address: int) -> Tensor:
         """Standard normals, float64, (B, *shape)."""
-        return torch.special.ndtri(self.uniform(ids, shape, *address))
+        return self._normals(ids, shape, [address])[0]
+
+    def _normals(self, ids: Tensor, shape: Sequence[int], addresses: Iterable[Sequence[int]]) -> Tensor:
+        """The same at K addresses, (K, B, *shape)."""
+        return torch.special.ndtri(self._uniforms(ids, shape, addresses))
 
     def path(
         self, ids: Tensor, shape: Sequence[int], times: Tensor, clock: Callable[[Tensor], Tensor]
@@ -93,10 +105,17 @@ class Noise:
         index = torch.searchsorted(fine, times.contiguous())
         if not torch.equal(fine[index.clamp(max=len(fine) - 1)], times):
             raise ValueError("times must be a subset of the noise's `fine` grid, so that both see one path")
-        elapsed = clock(fine)
-        for first, last in zip(index.tolist(), index[1:].tolist(), strict=False):
+        elapsed, nodes = clock(fine), index.tolist()
+        draws = self._draws(ids, shape, range(nodes[0], nodes[-1]))
+        for first, last in pairwise(nodes):
             if last == first + 1:
-                yield self.normal(ids, shape, PATH, first)
+                yield next(draws)
                 continue
             share = (elapsed[first : last + 1].diff() / (elapsed[last] - elapsed[first])).sqrt().tolist()
-            yield torch.stack([w * self.normal(ids, shape, PATH, m) for m, w in enumerate(share, first)]).sum(0)
+            yield torch.stack([w * next(draws) for w in share]).sum(0)
+
+    def _draws(self, ids: Tensor, shape: Sequence[int], steps: range) -> Iterator[Tensor]:
+        """The normals of the driving noise step by step."""
+        many = max(_AT_ONCE // max(len(ids) * math.prod(shape), 1), 1)
+        for first in range(0, len(steps), many):
+            yield from self._normals(ids, shape, [(PATH, m) for m in steps[first : first + many]])

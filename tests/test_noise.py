@@ -5,6 +5,7 @@ Statistics are z-scores on fixed seeds; all of them together raise a false alarm
 
 import itertools
 import math
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -247,3 +248,13 @@ def test_bits_of_words_are_fair():
     coins = torch.tensor([[float(value >> i & 1) for i in range(64)] for value in values]) * 2 - 1
     assert_zero(coins)
     assert_zero(coins[1:] * coins[:-1])
+
+
+@given(st.integers(1, 5), st.integers(1, 9), st.integers(1, 40))
+def test_a_path_is_made_of_its_steps_own_numbers_however_many_are_drawn_together(samples, steps, at_once):
+    ids, times = torch.arange(samples), torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    with patch.object(ctrl.noise, "_AT_ONCE", at_once):
+        path = list(Noise(3).path(ids, (2,), times, lambda t: t))
+    assert len(path) == steps
+    for k, xi in enumerate(path):
+        assert torch.equal(xi, Noise(3).normal(ids, (2,), PATH, k))

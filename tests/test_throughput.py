@@ -340,11 +340,11 @@ def test_our_time_over_theirs_is_taken_seed_by_seed():
 
 
 @pytest.mark.parametrize(
-    ("gains", "seconds", "reached"), [((0.03, 0.05, 0.13), 20 + 10 * 3 / 8, True), ((), 160, False)]
+    ("gains", "seconds", "reached"), [((0.03, 0.05, 0.13), 20 + 10 * 3 / 8, True), ((), race.IMAGES / 128 * 10, False)]
 )
 def test_a_race_ends_where_the_reward_is_reached(gains, seconds, reached, monkeypatch, tmp_path):
     """Looks after four epochs of ten seconds in all; on a straight line between them .08 is 3/8 of the way from .05 to
-    .13. Without a gain it ends after 2,048 pictures, 16 looks."""
+    .13. Without a gain it ends when the pictures are used up."""
     before = models.load(str(EMBEDDED.with_suffix(""))).unet
 
     @contextmanager
@@ -367,7 +367,7 @@ def test_a_race_ends_where_the_reward_is_reached(gains, seconds, reached, monkey
     race.run(job, tmp_path)
     found = json.loads((tmp_path / f"{job.key}.json").read_text())
     assert found["seconds"] == pytest.approx(seconds) and found["reached"] is reached
-    assert found["path_kl"] == 0.7 and len(found["looks"]) == (4 if reached else 17)
+    assert found["path_kl"] == 0.7 and len(found["looks"]) == (4 if reached else 1 + race.IMAGES // 128)
     assert found["images"] == pytest.approx(128 * seconds / 10)
 
 
