@@ -449,8 +449,12 @@ def main(options: AlgorithmOptions) -> None:
     print(table(rows, COLUMNS))
     if apart := spread(rows):
         print(table(apart, [name for name in apart[0] if name != "panel"]))
-    rows += [*apart, *learning_curves(runs)]
-    path = write(NAME, options, rows, began, part="sweep" if options.sweep else "")
+    rows += apart
+    if options.sweep:
+        print("->", write(NAME, options, rows, began, part="sweep"))
+        return
+    rows += learning_curves(runs)
+    path = write(NAME, options, rows, began)
     draw(rows).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 

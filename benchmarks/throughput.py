@@ -283,7 +283,8 @@ PANELS: dict[str, Callable[[ThroughputOptions, Path], list[Row]]] = {
     "peer": lambda o, _: peer(python_of(o), repeats(o), o.threads),
     "race": lambda o, _: race(python_of(o), o.seeds, o.out / f"{NAME}.runs", o.jobs, o.tune),
 }  # fmt: skip
-COLUMNS = ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds")
+RATIOS = ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds")
+ENDS = ("panel", "case", "lr", "seeds", "reached", "seconds", "images", "gain", "path_kl", "within")
 
 
 def main(o: ThroughputOptions) -> None:
@@ -296,8 +297,9 @@ def main(o: ThroughputOptions) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
             rows += PANELS[panel](o, Path(folder))
-    shown = [row for row in rows if row["panel"] not in ("profile", "scaling", "looks")]
-    print(table([{c: row.get(c) for c in COLUMNS} for row in shown], COLUMNS))
+    for what, columns in {"ratio": RATIOS, "lr": ENDS}.items():
+        if some := [{c: row.get(c) for c in columns} for row in rows if what in row]:
+            print(table(some, columns))
     print("->", write(NAME, o, rows, began, part="tuning" if o.tune else ""))
 
 

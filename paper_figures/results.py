@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-FULL = ("algorithms", "discretization_error")
-"""Benchmarks whose committed results are those of --full."""
+MADE_BY = {name: f"{name}.py --full" for name in ("algorithms", "discretization_error")} | {
+    "algorithms_sweep": "algorithms.py --sweep",
+}
+"""Results that are not what a benchmark makes without options."""
 
 
 class Missing(Exception):
@@ -39,7 +41,7 @@ class Results:
 
 def command(name: str) -> str:
     """What makes NAME.json."""
-    return f"python benchmarks/{name}.py{' --full' if name in FULL else ''}"
+    return f"python benchmarks/{MADE_BY.get(name, f'{name}.py')}"
 
 
 def seeds(rows: Sequence[Row]) -> str:

@@ -136,7 +136,7 @@ def test_what_can_be_drawn_is_drawn_and_the_rest_is_listed(results, tmp_path, mo
 def test_a_figure_says_which_commands_made_its_rows(results, name):
     recorded = Recorded(results)
     draw_of(name)(recorded)
-    said = re.findall(r"python benchmarks/\w+\.py(?: --full)?", import_module(f"paper_figures.{name}").__doc__)
+    said = re.findall(r"python benchmarks/\w+\.py(?: --full| --sweep)?", import_module(f"paper_figures.{name}").__doc__)
     assert set(said) == {command(file) for file in recorded.asked}
 
 
