@@ -14,25 +14,23 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from paper_figures.drawing import main
 from paper_figures.results import Results, grouped, seeds
-from paper_figures.style import DOUBLE, MARKS, ordered, panels, ticks
+from paper_figures.style import DOUBLE, MARKS, legend_below, ordered, panels, ticks
 
 
 def draw(results: Results) -> Figure:
     """Left the mean over seeds, right the worst of them; at 1 nothing has been learned."""
     rows = results.rows("algorithms_sweep", "regret")
     problems = grouped(rows, "problem")
-    figure, axes = panels(DOUBLE, 2.8, 1, 2, sharey=True)
+    figure, axes = panels(DOUBLE, 3.2, 1, 2, sharey=True)
     for ax, (column, words) in zip(axes, {"regret": "mean", "regret_worst": "worst"}.items(), strict=True):
         for ((name,), some), colour, mark in zip(problems.items(), ordered(len(problems)), MARKS, strict=True):
-            some = sorted(some, key=lambda row: row["steps"])
             ax.plot([row["steps"] for row in some], [row[column] for row in some], color=colour, marker=mark,
                     label=name)  # fmt: skip
         ax.axhline(1, color="0.5", linewidth=0.8)
         ticks(ax, {row["steps"] for row in rows})
         ax.set(yscale="log", xlabel="steps N", title=f"{words} of {seeds(rows)}")
     axes[0].set_ylabel(f"regret after {rows[0]['trajectories']:,} trajectories")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right")
+    legend_below(figure, axes[:1], 5)
     return figure
 
 

@@ -110,6 +110,10 @@ SPEED: dict[str, dict[str, str]] = {
         "ddpo with KL, seconds": "the epoch with path KL, 62 calls of the UNet a picture in place of 40",
         "adjoint matching, seconds": "an epoch of adjoint matching, 74 calls",
     },
+    "race": {
+        f"ours over TRL, N = {n}": f"time of adjoint matching to the reward below over TRL's, N = {n}, at most"
+        for n in (20, 50)
+    },
 }
 
 
@@ -120,6 +124,27 @@ def test_its_table_of_speeds_is_what_was_measured():
             r = found[case]
             bar = "-" if r["bar"] is None else f"{r['bar']:.2f}" + ("" if r["met"] else ", not met")
             assert f"| {words} | {r['ratio']:.2f} ({r['ratio_min']:.2f} to {r['ratio_max']:.2f}) | {bar} |" in README
+
+
+def test_its_table_of_the_race_is_what_was_measured():
+    sides = {"ours": "adjoint matching", "trl": "TRL's DDPO"}
+    ends = [row for row in rows("throughput", "race") if row["lr"] is not None]
+    assert len(ends) == 4
+    for r in ends:
+        side, n = r["case"].split(", N = ")
+        images = f"{r['images']:,.0f}" + ("" if r["reached"] == r["seeds"] else ", given up")
+        numbers = f"{r['seconds']:.0f} ± {r['seconds_se']:.0f} s | {r['gain']:.3f} | {r['path_kl']:.1f}"
+        assert f"| {sides[side]} | {n} | {images} | {numbers} |" in README
+    tried = {(row["case"], row["lr"]): row for row in rows("throughput_tuning", "tuning")}
+    slow, fast, more = (tried[case] for case in (("trl, N = 20", 7e-6), ("trl, N = 20", 2e-5), ("ours, N = 20", 7e-6)))
+    there = [row for (case, _), row in tried.items() if case.startswith("ours") and row["reached"]]
+    assert min(there, key=lambda row: row["seconds"])["lr"] == 6e-5
+    assert all(r["gain"] < 0 and r["path_kl"] > 100 for (side, lr), r in tried.items() if side[0] == "t" and lr > 2e-5)
+    check_said(
+        f"gained {slow['gain']:.3f} at 7e-6 and {slow['path_kl']:.1f} nats",
+        f"{fast['gain']:.3f} at 2e-5 and {fast['path_kl']:.0f} nats",
+        f"at 7e-6 in {more['seconds']:.0f} seconds at {more['path_kl']:.1f} nats",
+    )
 
 
 def check_said(*words: str) -> None:
