@@ -270,7 +270,7 @@ def jobs_of(options: AlgorithmOptions) -> list[Job]:
         cases = list(product(options.problem, methods, options.steps))
     seeds, trajectories = (1, 1280) if options.quick else (options.seeds, options.trajectories)
     seeds = SWEEP if options.sweep else seeds
-    return [Job(*case, options.seed + seed, trajectories) for case in cases for seed in range(seeds)]
+    return [Job(*case, options.seed + seed, trajectories) for seed in range(seeds) for case in cases]
 
 
 def full() -> list[tuple[str, str, int]]:

@@ -38,7 +38,7 @@ class TorchSDE:
         """b0 + B a, (B, d)."""
         x = y.reshape(len(y), *self.problem.shape)
         a = self.policy(t.to(x.dtype).expand(len(x)), x, self.cond)
-        return (self.problem.drift(t, x) + self.problem.control(t).apply(a)).flatten(1)
+        return self.problem.velocity(t, x, a).flatten(1)
 
     def g(self, t: Tensor, y: Tensor) -> Tensor:
         """S(t), or L in the clock: (B, d) if diagonal, else (B, d, d)."""

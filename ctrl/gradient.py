@@ -160,7 +160,7 @@ def adjoint(problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
     def law(t: Tensor, x: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         a = policy(t, x, cond)
         cost = problem.running_cost(t, x, a, problem.reference(t, x, cond), cond)
-        return problem.drift(t, x) + problem.control(t).apply(a), cost
+        return problem.velocity(t, x, a), cost
 
     return _backward(problem, trajectory, law)
 
@@ -178,7 +178,7 @@ def lean_adjoint(problem: Problem, trajectory: Trajectory) -> tuple[Tensor, Tens
 
     def law(t: Tensor, x: Tensor, cond: Any) -> tuple[Tensor, Tensor]:
         actions.append(problem.reference(t, x, cond))
-        return problem.drift(t, x) + problem.control(t).apply(actions[-1]), problem.state_cost(t, x, cond)
+        return problem.velocity(t, x, actions[-1]), problem.state_cost(t, x, cond)
 
     p = _backward(problem, trajectory, law)
     return p, torch.stack([a_ref.detach() for a_ref in actions[::-1]])

@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ Initial = Callable[[Noise, Tensor, Any], Tensor]
 
 Reward = Callable[[Tensor, Any], Tensor]
 """reward(x: (B, *D), cond) -> (B,)."""
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""velocity(x: (B, *D), a: (B, *D')) -> (B, *D)."""
 
 
 class Problem(ABC):
@@ -73,6 +77,14 @@ class Problem(ABC):
     @abstractmethod
     def penalty(self, t: Tensor) -> LinOp:
         """R(t), symmetric positive definite."""
+
+    def velocity(self, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
+        """b0(t, x) + B(t) a."""
+        return self.drift(t, x) + self.control(t).apply(a)
+
+    def velocities(self, times: Tensor) -> Sequence[Velocity]:
+        """The same at each of the times, (N+1,), as functions of x and a whose coefficients are at hand."""
+        return [partial(self.velocity, t) for t in times.unbind()]
 
     def state_cost(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
         """l(t, x), (B,)."""
@@ -193,6 +205,10 @@ class ScoreAsAction(Problem):
     def control(self, t: Tensor) -> LinOp:
         return Scalar(self.kappa(t))
 
+    def velocities(self, times: Tensor) -> Sequence[Velocity]:
+        drift, control = -self.noising.f(self.s(times)), self.kappa(times)
+        return [partial(_linear, f, kappa) for f, kappa in zip(drift.tolist(), control.tolist(), strict=True)]
+
     def clock(self, t: Tensor) -> Tensor:
         start = torch.as_tensor(self.s_max, dtype=t.dtype, device=t.device)
         return self.noising.int_g2(start) - self.noising.int_g2(self.s(t))
@@ -212,6 +228,10 @@ class ScoreAsAction(Problem):
     def endpoint(self, t: Tensor, x: Tensor, a: Tensor) -> Tensor:
         """The Tweedie mean E[X_{s_min} | X_s = x] if a is the score there."""
         return self.noising.tweedie(self.s(t), x, a, self.s_min)
+
+
+def _linear(f: float, kappa: float, x: Tensor, a: Tensor) -> Tensor:
+    return x * f + a * kappa
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from torch import Tensor
 from ctrl import grids
 from ctrl.gaussian import Gaussian
 from ctrl.linop import LinOp, Matrix, Scalar, broadcast
-from ctrl.problem import Problem, ScoreAsAction
+from ctrl.problem import Problem, ScoreAsAction, Velocity
 
 Act = Callable[[Tensor, Tensor], Tensor]
 """act(t: (), x: (B, *D)) -> (B, *D)."""
@@ -105,16 +105,12 @@ def _add(x: Tensor, v: Tensor, c: float | Tensor) -> Tensor:
 class _EulerStep:
     t: Tensor
     dt: float | Tensor
-    t_next: Tensor
     root: LinOp
 
 
 def _euler_plan(problem: Problem, times: Tensor, variance: Tensor) -> list[_EulerStep]:
     dt, spread = times.diff().tolist(), variance.sqrt().tolist()
-    return [
-        _EulerStep(t, h, t_next, problem.root.scale(w))
-        for t, h, t_next, w in zip(times[:-1].unbind(), dt, times[1:].unbind(), spread, strict=True)
-    ]
+    return [_EulerStep(t, h, problem.root.scale(w)) for t, h, w in zip(times[:-1].unbind(), dt, spread, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -129,8 +125,7 @@ class EulerMaruyama(GaussianStep):
         return _euler_plan(problem, times, problem.rate(times[:-1]) * times.diff() if self.left_noise else exact)
 
     def transition(self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, memory: Tensor | None) -> Gaussian:
-        velocity = problem.drift(c.t, x) + problem.control(c.t).apply(a)
-        return Gaussian(_add(x, velocity, c.dt), c.root)
+        return Gaussian(_add(x, problem.velocity(c.t, x, a), c.dt), c.root)
 
 
 @dataclass(frozen=True)
@@ -159,6 +154,15 @@ class IntegratedEuler(GaussianStep):
 
 
 @dataclass(frozen=True)
+class _HeunStep:
+    first: Velocity
+    second: Velocity
+    dt: float | Tensor
+    t_next: Tensor
+    root: LinOp
+
+
+@dataclass(frozen=True)
 class Heun(Solver):
     """x' = Euler's step; x_{k+1} = x_k + dt/2 [F(t_k, x_k) + F(t_{k+1}, x')] + L dW~, F = b0 + B a.
 
@@ -170,16 +174,20 @@ class Heun(Solver):
     def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
         return grids.trapezoid(problem, times)
 
-    def plan(self, problem: Problem, times: Tensor) -> list[_EulerStep]:
-        return _euler_plan(problem, times, problem.clock(times).diff())
+    def plan(self, problem: Problem, times: Tensor) -> list[_HeunStep]:
+        euler, velocities = _euler_plan(problem, times, problem.clock(times).diff()), problem.velocities(times)
+        return [
+            _HeunStep(first, second, c.dt, t_next, c.root)
+            for (first, second), c, t_next in zip(pairwise(velocities), euler, times[1:].unbind(), strict=True)
+        ]
 
     def step(
-        self, problem: Problem, c: _EulerStep, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
+        self, problem: Problem, c: _HeunStep, x: Tensor, a: Tensor, xi: Tensor, act: Act, memory: Tensor | None
     ) -> Tensor:
-        first = problem.drift(c.t, x) + problem.control(c.t).apply(a)
+        first = c.first(x, a)
         start = x + c.root.apply(xi)
         ahead = _add(start, first, c.dt)
-        second = problem.drift(c.t_next, ahead) + problem.control(c.t_next).apply(act(c.t_next, ahead))
+        second = c.second(ahead, act(c.t_next, ahead))
         return _add(start, first + second, c.dt / 2)
 
 

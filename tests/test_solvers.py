@@ -353,3 +353,14 @@ def test_multistep_methods_say_so(solver, gaussian):
     c = None if isinstance(solver, Exact) else solver.plan(problem, times)[0]
     assert solver.multistep == (solver.carry(c, torch.ones(2, 1), torch.ones(2, 1)) is not None)
     assert isinstance(solver, GaussianStep) == (solver in GAUSSIAN_STEPS)
+
+
+@pytest.mark.parametrize("name", ["lq-1d", "lq-4d", "gaussian-16d", "mixture-2d"])
+def test_velocities_are_drift_and_control(name):
+    """In float64 the same numbers: coefficients are planned, nothing else is."""
+    problem = catalogue.get(name).problem
+    times = grids.natural(problem, 7)
+    x = Noise(0).normal(torch.arange(6), problem.shape, 0)
+    a = Noise(0).normal(torch.arange(6), problem.control(times[0]).adjoint(x).shape[1:], 1)
+    for t, velocity in zip(times, problem.velocities(times), strict=True):
+        assert torch.equal(velocity(x, a), problem.velocity(t, x, a))

@@ -374,7 +374,7 @@ def _dynamics(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor
     """b0 + B a and S², (n, 1)."""
     if a.shape != x.shape:
         raise ValueError(f"policy must return the shape of x, {tuple(x.shape)}, got {tuple(a.shape)}")
-    b = problem.drift(t, x) + problem.control(t).apply(a)
+    b = problem.velocity(t, x, a)
     return b, problem.diffusion(t).apply(torch.ones_like(x)).square()
 
 
