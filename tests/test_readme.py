@@ -1,6 +1,7 @@
 """Every code block of the README runs and prints what stands below it, and every name in it exists."""
 
 import importlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -144,6 +145,16 @@ def test_its_table_of_the_race_is_what_was_measured():
         f"gained {slow['gain']:.3f} at 7e-6 and {slow['path_kl']:.1f} nats",
         f"{fast['gain']:.3f} at 2e-5 and {fast['path_kl']:.0f} nats",
         f"at 7e-6 in {more['seconds']:.0f} seconds at {more['path_kl']:.1f} nats",
+    )
+
+
+def test_what_it_says_of_divergence_is_what_was_measured():
+    found = rows("algorithms_sweep", "regret")
+    assert {(r["problem"], r["steps"]) for r in found} == set(itertools.product(catalogue.NAMES, (10, 20, 50, 100)))
+    worst = max(found, key=lambda r: r["regret_worst"])
+    check_said(
+        f"{sum(r['diverged'] for r in found)} of {sum(r['seeds'] for r in found)} runs diverge",
+        f"the worst regret of any is {100 * worst['regret_worst']:.0f} %, on {worst['problem']} at N = {worst['steps']}",
     )
 
 
