@@ -154,7 +154,8 @@ def test_what_it_says_of_divergence_is_what_was_measured():
     worst = max(found, key=lambda r: r["regret_worst"])
     check_said(
         f"{sum(r['diverged'] for r in found)} of {sum(r['seeds'] for r in found)} runs diverge",
-        f"the worst regret of any is {100 * worst['regret_worst']:.0f} %, on {worst['problem']} at N = {worst['steps']}",
+        f"the worst regret of any is {100 * worst['regret_worst']:.0f} %,",
+        f"on {worst['problem']} at N = {worst['steps']}.",
     )
 
 
