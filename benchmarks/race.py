@@ -129,14 +129,14 @@ def ends(runs: dict[Job, Any], panel: str) -> list[Row]:
 
 
 def shorter(steps: int, runs: dict[Job, Any]) -> Row:
-    """Our time over TRL's, seed by seed; a run of TRL's that was given up would have taken longer still. Met only if
-    ours have reached the reward, within the path KL that both were tuned for."""
+    """Our time over TRL's, seed by seed. Met only if ours have reached the reward, and at no more path KL; a run of
+    TRL's that was given up stands with what it had taken and paid by then."""
     times = {side: {j.seed: r for j, r in runs.items() if (j.side, j.steps) == (side, steps)} for side in RATE}
     ratios = [times["ours"][seed]["seconds"] / times["trl"][seed]["seconds"] for seed in times["ours"]]
     row: Row = {"panel": "race", "case": f"ours over TRL, N = {steps}", **ratio(ratios, 1 / 3), "seeds": len(ratios)}
-    ours = times["ours"].values()
-    there = all(r["reached"] for r in ours) and mean(r["path_kl"] for r in ours) <= NATS
-    return row | {"met": bool(row["met"]) and there}
+    reached = all(r["reached"] for r in times["ours"].values())
+    ours, theirs = (mean(r["path_kl"] for r in times[side].values()) for side in ("ours", "trl"))
+    return row | {"met": bool(row["met"]) and reached and ours <= theirs}
 
 
 def run(job: Job, store: Path) -> None:
