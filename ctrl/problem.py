@@ -206,6 +206,7 @@ class ScoreAsAction(Problem):
         return Scalar(self.kappa(t))
 
     def velocities(self, times: Tensor) -> Sequence[Velocity]:
+        """From numbers: whoever overrides `drift` or `control` overrides this too."""
         drift, control = -self.noising.f(self.s(times)), self.kappa(times)
         return [partial(_linear, f, kappa) for f, kappa in zip(drift.tolist(), control.tolist(), strict=True)]
 
