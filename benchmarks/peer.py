@@ -5,10 +5,10 @@
 It trains an epoch for each line `epoch` on its standard input, and answers with a line of JSON: seconds, images, the
 mean reward, and the most memory held, in MiB, beyond the interpreter with its packages. `save FOLDER` keeps the
 UNet in diffusers' format. What is asked for is the same on both sides: prompts, reward, steps, batches, guidance,
-and one optimiser step an epoch.
+and the optimiser's steps an epoch.
 
 TRL (trl 0.23.1, the last with this trainer) needs older packages than this project, so nothing of this project but
-the reward and the prompts is imported there. Its environment is made by `environment`.
+the reward, the prompts and the clock is imported there. Its environment is made by `environment`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -34,6 +33,7 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.memory import held, mebibytes
+from benchmarks.timing import seconds
 from scale import prompts, shapes
 
 PINNED = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft")
@@ -48,7 +48,9 @@ class Work:
     samples: int = 32
     """Pictures."""
     batch: int = 32
-    """Drawn at a time, and in one backward pass."""
+    """Drawn at a time, and at most in one backward pass."""
+    updates: int = 1
+    """The optimiser's steps."""
     steps: int = 20
     guidance: float = 1.0
     lr: float = 1e-4
@@ -81,18 +83,21 @@ class TRL:
         from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # type: ignore[import-not-found]
 
         texts = [p.text for p in prompts.read(PROMPTS)]
+        batch = min(work.batch, work.samples // work.updates)
         draw = random.Random(work.seed)
         self.rewards: list[float] = []
-        self.count = 0  # epochs
+        self.work, self.count = work, 0  # epochs
         config = DDPOConfig(
             num_epochs=10**6, seed=work.seed, mixed_precision="no", sample_num_steps=work.steps,
             sample_guidance_scale=work.guidance, sample_batch_size=work.batch,
-            sample_num_batches_per_epoch=work.samples // work.batch, train_batch_size=work.batch,
-            train_gradient_accumulation_steps=work.samples // work.batch,
+            sample_num_batches_per_epoch=work.samples // work.batch, train_batch_size=batch,
+            train_gradient_accumulation_steps=work.samples // work.updates // batch,
             train_learning_rate=work.lr, train_cfg=work.guidance > 1, save_freq=10**6,
             project_kwargs={"project_dir": tempfile.mkdtemp()},
         )  # fmt: skip
         pipeline = DefaultDDPOStableDiffusionPipeline(for_older_packages(MODEL), use_lora=False)
+        self.halves, self.asked = 2 if work.guidance > 1 else 1, 0
+        pipeline.unet.register_forward_pre_hook(self.ask)
         self.trainer = DDPOTrainer(config, self.reward, lambda: (draw.choice(texts), {}), pipeline)
         pipeline.set_progress_bar_config(disable=True)
 
@@ -109,8 +114,12 @@ class TRL:
         self.count += 1
         return mean(self.rewards)
 
+    def ask(self, unet: Any, given: tuple[Any, ...]) -> None:
+        """One call of the UNet."""
+        self.asked += len(given[0]) // self.halves
+
     def calls(self) -> float:
-        return 2.0 * self.trainer.config.sample_num_steps  # each step is taken, and learned from
+        return self.asked / (self.count * self.work.samples)
 
     def save(self, folder: str) -> None:
         self.trainer.sd_pipeline.unet.save_pretrained(folder)
@@ -139,8 +148,9 @@ class Ours:
     def __init__(self, work: Work) -> None:
         from benchmarks.throughput import embedded, sd15
 
+        nodes = work.samples * work.steps // work.updates
         same = {
-            "algorithm": "ddpo", "options": ("passes=1", f"nodes={work.samples * work.steps}"), "beta": 0.0, "ema": 0.0,
+            "algorithm": "ddpo", "options": ("passes=1", f"nodes={nodes}"), "beta": 0.0, "ema": 0.0,
             "solver": "ddim", "grid": "timesteps", "jitter": 0.0, "steps": work.steps, "samples": work.samples,
             "batch": work.batch, "micro_batch": work.batch, "guidance": work.guidance, "lr": work.lr,
             "seed": work.seed, "other_reward": None,
@@ -167,7 +177,7 @@ def serve(side: str, work: Work) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(work.threads)
     if side == "trl":
-        import trl  # noqa: F401
+        from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # noqa: F401  (it imports what is named, late)
     else:
         import benchmarks.throughput  # noqa: F401
     before = held()
@@ -182,10 +192,9 @@ def serve(side: str, work: Work) -> None:
 def an_epoch(trainer: Side, work: Work, before: float | None) -> dict[str, Any]:
     """What is said of it."""
     rewards: list[float] = []
-    began = time.perf_counter()
-    most = mebibytes(lambda: rewards.append(trainer.epoch()), before)
-    spent = time.perf_counter() - began
-    return {"seconds": spent, "images": work.samples, "reward": rewards[0], "mebibytes": most,
+    spent: list[float] = []
+    most = mebibytes(lambda: spent.append(seconds(lambda: rewards.append(trainer.epoch()))), before)
+    return {"seconds": spent[0], "images": work.samples, "reward": rewards[0], "mebibytes": most,
             "network_calls": trainer.calls()}  # fmt: skip
 
 
@@ -235,12 +244,16 @@ def started(side: str, work: Work, python: str = "", env: Mapping[str, str] = {}
 
 
 def environment(folder: Path) -> str:
-    """The interpreter of TRL's environment, which is made where there is none."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    """The interpreter of TRL's environment, which is made where there is none, or half of one."""
+    python, whole = folder / "bin" / "python", folder / "whole"
+    if not whole.exists():
         version = torch.__version__.partition("+")[0]
-        subprocess.run([str(python), "-m", "pip", "install", "-q", f"torch=={version}", *PINNED], check=True)
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+            subprocess.run([str(python), "-m", "pip", "install", "-q", f"torch=={version}", *PINNED], check=True)
+        except (subprocess.CalledProcessError, OSError) as e:
+            raise ValueError(f"peer_env: TRL's environment could not be made in {folder}: {e}") from e
+        whole.touch()
     return str(python)
 
 

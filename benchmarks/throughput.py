@@ -5,7 +5,8 @@ their range); what falls short of its bar says so.
 
 limit     a rollout, an update of the policy and a whole epoch over the bare passes of policy and reference that they
           contain: same batches, same precision, forward and backward, nothing around them. Critic, decoding, reward,
-          random numbers, arithmetic, optimiser and Python all count as overhead; `profile` says where it is.
+          random numbers, arithmetic, optimiser and Python all count as overhead; `profile` says where it is. On
+          mixture-2d the policy is its reference, the exact score, and a small network.
 solvers   our rollout over torchsde.sdeint's on mixture-2d, and over the call of diffusers' own pipeline on the embedded
           Stable Diffusion, at equal steps.
 scaling   an epoch's time and memory against batch, steps, nodes, dimension, width and processes: the exponent of each.
@@ -68,14 +69,17 @@ class ThroughputOptions(Options):
     """Try the race's learning rates, with one seed that is not among the others, instead."""
     jobs: int = 1
     """Runs of the race at a time; beside one another all are slower alike."""
-    repeats: int = 7
+    repeats: int = 5
     """Pairs; --quick takes 2."""
     threads: int = 1
-    """Of torch: a pool of threads on a busy machine measures its neighbours."""
+    """Of torch, but for the panels race and scaling, which have one: a pool of threads on a busy machine measures its
+    neighbours."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_among(self, panel=PANELS)
+        if self.quick and "race" in self.panel:
+            raise ValueError("quick must be left out for the race, which ends when the reward is there")
         if self.peer_env is None and {"peer", "race"} & set(self.panel):
             raise ValueError("peer_env must be given for peer and race: --peer-env FOLDER, where TRL is, or will be")
 
@@ -92,6 +96,8 @@ class Subject:
     networks: tuple[nn.Module, ...]
     bar: float
     """What a rollout may take over its bare passes."""
+    before: int = 1
+    """Epochs after which all have as much to do."""
 
     def rollout(self, samples: int) -> Callable[[], object]:
         """As an epoch begins."""
@@ -114,8 +120,8 @@ class Subject:
             self.run.step_epoch()
         return lambda: update("policy", *seen[0])
 
-    def profile(self) -> dict[str, float]:
-        """Seconds of an epoch by part."""
+    def profile(self, work: Callable[[], object]) -> dict[str, float]:
+        """Seconds of some of its work by part; slopes go back through the reward and the decoder too."""
         run, (policy, reference) = self.run, self.networks
         now, update = ["policy"], run.update
 
@@ -133,7 +139,7 @@ class Subject:
         if isinstance(critic := self.run._critic, NetworkCritic):
             parts.append((critic.network, "forward", "critic"))
         with patched([(run, "update", updated)]):
-            return Profile(parts).run(run.step_epoch, "arithmetic, memory and Python")
+            return Profile(parts).run(work, "arithmetic, memory and Python")
 
 
 class Called(nn.Module):
@@ -155,8 +161,9 @@ def mixture() -> Subject:
     problem = replace(exact, reference=reference)
     critic = NetworkCritic(problem, Value(problem))
     settings = FitSettings(epochs=10**6, progress=False)
-    run = Run(problem, policy, ActorCritic(), critic, None, settings, Accelerator(cpu=True))
-    return Subject("mixture-2d", run, (policy, reference), 1.15)
+    algorithm = ActorCritic()
+    run = Run(problem, policy, algorithm, critic, None, settings, Accelerator(cpu=True))
+    return Subject("mixture-2d", run, (policy, reference), 1.15, before=algorithm.keep)
 
 
 def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -> Subject:
@@ -188,21 +195,26 @@ def subjects(folder: Path, quick: bool) -> list[Subject]:
 
 
 def limit(o: ThroughputOptions, folder: Path) -> list[Row]:
-    """Rollout, update and epoch over their bare passes; and where the rest of an epoch goes."""
+    """Rollout, update and epoch over their bare passes; and where the rest of rollout and epoch goes."""
     rows: list[Row] = []
     for subject in subjects(folder, o.quick):
+        for _ in range(subject.before):
+            subject.run.step_epoch()
         samples = [64, 4096] if subject.name == "mixture-2d" else [subject.run.settings.samples]
         works: list[tuple[str, Callable[[], object], float | None]] = [
             (f"rollout of {n}", subject.rollout(n), subject.bar) for n in samples
         ]
         works += [("update", subject.update(), None), ("epoch", subject.run.step_epoch, None)]
         rows += interleaved([over_bare(subject, *work) for work in works], repeats(o), subject.name)
-        spent = subject.profile()
-        rows += [
-            {"panel": "profile", "case": f"{subject.name}, epoch", "part": part, "share": s / sum(spent.values())}
-            for part, s in spent.items()
-        ]
+        rows += [row for what, work, _ in works if what != "update" for row in shares(subject, what, work)]
     return rows
+
+
+def shares(subject: Subject, what: str, work: Callable[[], object]) -> list[Row]:
+    """A row a part."""
+    spent = subject.profile(work)
+    about: Row = {"panel": "profile", "case": f"{subject.name}, {what}"}
+    return [about | {"part": part, "share": s / sum(spent.values())} for part, s in spent.items()]
 
 
 def over_bare(subject: Subject, what: str, work: Callable[[], object], bar: float | None) -> Comparison:
@@ -221,7 +233,7 @@ def repeats(o: ThroughputOptions) -> int:
 # ------------------------------------------------------------------------------------------ solvers
 
 
-def solvers(o: ThroughputOptions, folder: Path) -> list[Row]:
+def solvers(o: ThroughputOptions) -> list[Row]:
     """Beside other people's."""
     pairs = [beside_torchsde(64 if o.quick else 4096), *(beside_pipeline(2 if o.quick else 16, w) for w in (1.0, 5.0))]
     return interleaved(pairs, repeats(o), "solvers")
@@ -272,45 +284,43 @@ def beside_pipeline(samples: int, guidance: float, steps: int = 20) -> Compariso
 # ------------------------------------------------------------------------------------------ the whole
 
 
-def python_of(o: ThroughputOptions) -> str:
-    """TRL's."""
-    assert o.peer_env is not None
-    return environment(o.peer_env)
-
-
-PANELS: dict[str, Callable[[ThroughputOptions, Path], list[Row]]] = {
-    "limit": limit, "solvers": solvers, "scaling": lambda o, _: scaling(o.quick), "gpu": lambda o, _: gpu(o.quick),
-    "peer": lambda o, _: peer(python_of(o), repeats(o), o.threads),
-    "race": lambda o, _: race(python_of(o), o.seeds, o.out / f"{NAME}.runs", o.jobs, o.tune),
+PANELS: dict[str, Callable[[ThroughputOptions, Path, str], list[Row]]] = {
+    "limit": lambda o, folder, _: limit(o, folder), "solvers": lambda o, folder, _: solvers(o),
+    "scaling": lambda o, *_: scaling(o.quick), "gpu": lambda o, *_: gpu(o.quick),
+    "peer": lambda o, _, python: peer(python, repeats(o), o.threads),
+    "race": lambda o, _, python: race(python, o.seeds, o.out / f"{NAME}.runs", o.jobs, o.tune),
 }  # fmt: skip
-RATIOS = ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds")
-ENDS = ("panel", "case", "lr", "seeds", "reached", "seconds", "images", "gain", "path_kl", "within")
+TABLES = {
+    "ratio": ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds"),
+    "share": ("panel", "case", "part", "share"),
+    "at": ("panel", "case", "at", "seconds", "mebibytes"),
+    "lr": ("panel", "case", "lr", "updates", "seeds", "reached", "seconds", "images", "gain", "path_kl", "within"),
+    "device": ("panel", "case", "images_per_second", "gibibytes", "fits_in", "utilisation", "failed"),
+}
+"""What is printed of the rows that have such a column."""
 
 
 def main(o: ThroughputOptions) -> None:
-    """Measure, print, write."""
+    """Measure, print, and write after every panel."""
     began = time.perf_counter()
     torch.set_num_threads(o.threads)
-    if o.peer_env is not None:
-        environment(o.peer_env)  # if it cannot be made, nothing is measured
-    rows = before(o)
+    python = environment(o.peer_env) if o.peer_env else ""  # if it cannot be made, nothing is measured
+    file = o.out / f"{NAME}.json"
+    rows = json.loads(file.read_text())["rows"] if file.is_file() and not o.tune else []
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
-            rows += PANELS[panel](o, Path(folder))
-    for what, columns in {"ratio": RATIOS, "lr": ENDS}.items():
-        if some := [{c: row.get(c) for c in columns} for row in rows if what in row]:
-            print(table(some, columns))
-    print("->", write(NAME, o, rows, began, part="tuning" if o.tune else ""))
+            found = PANELS[panel](o, Path(folder), python)
+            for what, columns in TABLES.items():
+                if some := [{c: row.get(c) for c in columns} for row in found if what in row]:
+                    print(table(some, columns))
+            rows = others(rows, found) + found
+            written = write(NAME, o, rows, began, part="tuning" if o.tune else "")
+    print("->", written)
 
 
-def before(o: ThroughputOptions) -> list[Row]:
-    """What the file has of the other panels."""
-    file = o.out / f"{NAME}.json"
-    if o.tune or not file.is_file():
-        return []
-    made = {"limit": ("limit", "profile"), "scaling": ("scaling", "exponents"), "race": ("race", "looks")}
-    anew = [name for panel in o.panel for name in made.get(panel, (panel,))]
-    rows = json.loads(file.read_text())["rows"]
+def others(rows: list[Row], found: list[Row]) -> list[Row]:
+    """Those of panels that were not measured anew."""
+    anew = {row["panel"] for row in found}
     return [{k: v for k, v in row.items() if v is not None} for row in rows if row["panel"] not in anew]
 
 

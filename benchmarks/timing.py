@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from benchmarks.report import Row
+if TYPE_CHECKING:  # in the environment of a peer it cannot be imported
+    from benchmarks.report import Row
 
 # ------------------------------------------------------------------------------------------ side by side
 

@@ -40,7 +40,7 @@ from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
-from ctrl.rollout import NotFinite, Trajectory, batch_times, concatenate, rollout
+from ctrl.rollout import NotFinite, Trajectory, batch_time, concatenate, rollout
 from ctrl.solvers import Heun, Solver
 from ctrl.stops import TIME_UP, RunFailed, Stopped, Stops
 from ctrl.value import Critic
@@ -344,7 +344,7 @@ class Run:
     def rewarded(self, path: Trajectory) -> Trajectory:
         """The same trajectories with the reward as it is now."""
         self.counts["reward_calls"] += self.settings.samples
-        end = batch_times(path.t[-1:], path.x.dtype, len(path.ids))[0]
+        end = batch_time(path.t[-1], path.x.dtype, len(path.ids))
         return with_reward(path, self._evaluate(lambda t, x, c: self.problem.reward(x, c), path.ids, end, path.x[-1]))
 
     # what an algorithm may ask for
@@ -391,7 +391,7 @@ class Run:
         if path.a is None or isinstance(self.algorithm.behaviour(self.policy), GaussianPolicy):
             return self.at_nodes(self.policy, batch)
         self.counts["network_calls"] += self.settings.samples
-        t = batch_times(path.t[-1:], path.x.dtype, batch.samples)[0]
+        t = batch_time(path.t[-1], path.x.dtype, batch.samples)
         return torch.cat([path.a, self._evaluate(self.policy, path.ids, t, path.x[-1])[None]])
 
     def nodes(self, batch: Batch, k: range) -> Nodes:

@@ -85,9 +85,14 @@ def concatenate(parts: Sequence[Trajectory]) -> Trajectory:
     return Trajectory(parts[0].t, x, join("a", 1), join("xi", 1), parts[0].w, ids, None, join("reward", 0))
 
 
+def batch_time(t: Tensor, dtype: torch.dtype, batch: int) -> Tensor:
+    """A time, (), as a network sees it, (B,): in the states' precision, but never below float32."""
+    return t.to(torch.promote_types(dtype, torch.float32)).expand(batch)
+
+
 def batch_times(t: Tensor, dtype: torch.dtype, batch: int) -> Sequence[Tensor]:
-    """Each time as a network sees it, (B,): in the states' precision, but never below float32."""
-    return t.to(torch.promote_types(dtype, torch.float32))[:, None].expand(-1, batch).unbind()
+    """The same of each."""
+    return [batch_time(u, dtype, batch) for u in t.unbind()]
 
 
 def rollout(
@@ -142,7 +147,7 @@ def _simulate(
     mean = policy.mean if isinstance(policy, GaussianPolicy) else policy
 
     def act(t: Tensor, x: Tensor) -> Tensor:
-        return mean(batch_times(t[None], x.dtype, len(ids))[0], x, cond).to(x.dtype)
+        return mean(batch_time(t, x.dtype, len(ids)), x, cond).to(x.dtype)
 
     plan, memory, seen = solver.plan(problem, times), None, batch_times(times, x.dtype, len(ids))
     states, actions, xi = _Record(len(plan) + 1), _Record(len(plan)), x.new_empty(len(plan), *x.shape)
@@ -156,9 +161,8 @@ def _simulate(
             normal = noise.normal(ids, a.shape[1:], ACTION, k).to(a)
             a = Gaussian(a, policy.root(times[k])).sample(normal)
             stage = held(a)
-        xi[k] = draw
         carried = solver.carry(plan[k], x, a)
-        x, memory = solver.step(problem, plan[k], x, a, xi[k], stage, memory), carried
+        x, memory = solver.step(problem, plan[k], x, a, xi[k].copy_(draw), stage, memory), carried
         states.add(x)
         actions.add(a)
     return Trajectory(times, states.stack(), actions.stack(), xi, solver.quadrature(problem, times), ids, cond)

@@ -6,6 +6,7 @@ From throughput.json, panels `race` and `looks` (python benchmarks/throughput.py
 from __future__ import annotations
 
 import sys
+from itertools import product
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -20,29 +21,33 @@ from paper_figures.style import COLOURS, DOUBLE, panels
 SIDES = {"ours": ("adjoint matching, 10 steps", COLOURS["adjoint-matching"]), "trl": ("TRL's DDPO", COLOURS["ddpo"])}
 
 
+ACROSS = {"seconds": "seconds of training", "path_kl": "path KL, nats"}
+
+
 def draw(results: Results) -> Figure:
-    """What has been gained against time in training, a line a seed; left and right the steps of the judge, and of
-    TRL's training."""
+    """What has been gained against time in training, and against path KL, a line a seed; left and right the steps of
+    the judge, and of TRL's training."""
     looks = grouped(results.rows("throughput", "looks"), "case")
-    over = {row["case"]: row for row in results.rows("throughput", "race")}
+    goals = {row["case"]: row["goal"] for row in results.rows("throughput", "race") if "goal" in row}
     steps = list(dict.fromkeys(case.partition(", ")[2] for (case,) in looks))
-    figure, axes = panels(DOUBLE, 2.8, 1, len(steps), sharey=True)
-    for ax, words in zip(axes, steps, strict=True):
+    figure, axes = panels(DOUBLE, 4.6, len(ACROSS), len(steps), sharey=True, sharex="row")
+    for ax, (across, words) in zip(axes, product(ACROSS, steps), strict=True):
         for side in SIDES:
-            runs(ax, side, looks[(f"{side}, {words}",)], over[f"{side}, {words}"])
-        ax.axhline(over[f"ours, {words}"]["goal"], color="0.5", linewidth=0.8)
-        ax.set(xlabel="seconds of training", title=f"${words}$")
-        ax.legend()
-    axes[0].set_ylabel("gain in the mean reward")
+            runs(ax, side, across, looks[(f"{side}, {words}",)])
+        ax.axhline(goals[f"ours, {words}"], color="0.5", linewidth=0.8)
+        ax.set(xlabel=ACROSS[across], ylabel="gain in the mean reward" if words == steps[0] else "")
+        if across == "seconds":
+            ax.set_title(f"${words}$")
+    axes[0].legend()
     return figure
 
 
-def runs(ax: Axes, side: str, looks: list[Row], end: Row) -> None:
+def runs(ax: Axes, side: str, across: str, looks: list[Row]) -> None:
     """A side's."""
     label, colour = SIDES[side]
     for (seed,), some in grouped(looks, "seed").items():
-        ax.plot([r["seconds"] for r in some], [r["gain"] for r in some], "o-", color=colour, markersize=2.5,
-                linewidth=1, label=None if seed else f"{label}, {end['path_kl']:.1f} nats")  # fmt: skip
+        ax.plot([r[across] for r in some], [r["gain"] for r in some], "o-", color=colour, markersize=2.5, linewidth=1,
+                label=None if seed else label)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def draw(results: Results) -> Figure:
     figure, (left, right) = panels(DOUBLE, 4.4, 1, 2)
     rows = [row for panel in OVER for row in results.rows("throughput", panel) if "TRL" not in row["case"]]
     ratios(left, [row for row in rows if "mebibytes" not in row["case"]])
-    shares(right, results.rows("throughput", "profile"))
+    shares(right, [row for row in results.rows("throughput", "profile") if row["case"].endswith("epoch")])
     legend_below(figure, [left], 3)
     return figure
 

@@ -4,6 +4,7 @@ the same work."""
 import dataclasses
 import itertools
 import json
+import math
 import os
 import subprocess
 import sys
@@ -158,7 +159,8 @@ def test_a_part_has_what_is_its_own(clock):
 
 
 def test_the_shares_of_an_epoch_are_the_whole():
-    found = throughput.mixture().profile()
+    subject = throughput.mixture()
+    found = subject.profile(subject.run.step_epoch)
     assert {"policy", "critic", "backward, policy", "backward, critic", "optimiser", "random numbers"} <= set(found)
     assert min(found.values()) > 0
 
@@ -231,6 +233,13 @@ def test_beside_the_pipeline_both_call_the_unet_as_often(guidance, monkeypatch):
 def test_without_an_accelerator_nothing_is_measured_and_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu.gpu(quick=False) == [] and "there is no accelerator" in capsys.readouterr().out
+
+
+def test_options_that_fail_say_how_and_the_others_are_measured(monkeypatch, capfd):
+    done = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n")
+    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: done)
+    assert gpu.apart(peer.MODEL, {}) == {"failed": "exit 1: torch.OutOfMemoryError: CUDA out of memory."}
+    assert "Traceback" in capfd.readouterr().err
 
 
 @pytest.mark.long
@@ -326,30 +335,28 @@ def test_a_copy_for_older_packages_has_the_same_tokens_and_weights():
 
 def test_our_time_over_theirs_is_taken_seed_by_seed():
     runs = {
-        race.Job(side, 20, seed, 1e-4, ""): {"seconds": s, "reached": side == "ours", "path_kl": 1.0}
+        race.Job(side, 20, seed, 1e-4, 1, 256, ""): {"seconds": s, "reached": side == "ours", "path_kl": 1.0}
         for seed, (ours, theirs) in enumerate([(1.0, 2.0), (1.0, 5.0), (1.0, 4.0)])
         for side, s in (("ours", ours), ("trl", theirs))
     }
     row = race.shorter(20, runs)
     assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["met"]) == (0.25, 0.2, 0.5, True)
-    first = runs[race.Job("ours", 20, 0, 1e-4, "")]
+    first = runs[race.Job("ours", 20, 0, 1e-4, 1, 256, "")]
     first["path_kl"] = 1.1
     assert race.shorter(20, runs)["met"] is False
     first |= {"path_kl": 1.0, "reached": False}
     assert race.shorter(20, runs)["met"] is False
 
 
-@pytest.mark.parametrize(
-    ("gains", "seconds", "reached"), [((0.03, 0.05, 0.13), 20 + 10 * 3 / 8, True), ((), race.IMAGES / 128 * 10, False)]
-)
-def test_a_race_ends_where_the_reward_is_reached(gains, seconds, reached, monkeypatch, tmp_path):
-    """Looks after four epochs of ten seconds in all; on a straight line between them .08 is 3/8 of the way from .05 to
-    .13. Without a gain it ends when the pictures are used up."""
+@pytest.mark.parametrize(("gains", "looks", "reached"), [((0.03, 0.05, 0.13), 2 + 3 / 8, True), ((), 5, False)])
+def test_a_race_ends_where_the_reward_is_reached(gains, looks, reached, monkeypatch, tmp_path):
+    """Looks after four epochs, of ten seconds and .7 nats in all; on a straight line between them .08 is 3/8 of the way
+    from .05 to .13. Without a gain it ends when the pictures are used up."""
     before = models.load(str(EMBEDDED.with_suffix(""))).unet
 
     @contextmanager
     def started(side, work, python):
-        assert (side, work.steps, work.own["steps"]) == ("ours", 20, 10)
+        assert (side, work.steps, work.own["steps"]) == ("ours", 20, 10) and "updates=6" in work.own["options"]
 
         def ask(line):
             what, _, folder = line.partition(" ")
@@ -362,13 +369,15 @@ def test_a_race_ends_where_the_reward_is_reached(gains, seconds, reached, monkey
     left = itertools.chain([0.4], (0.4 + g for g in gains), itertools.repeat(0.4))
     monkeypatch.setattr(race, "started", started)
     monkeypatch.setattr(race, "rewarded", lambda pipeline, steps: next(left))
-    monkeypatch.setattr(race, "paid", lambda tuned: 0.7)
-    job = race.Job("ours", 20, 0, 1e-4, "")
+    nats = itertools.count(0.7, 0.7)
+    monkeypatch.setattr(race, "paid", lambda tuned: next(nats))
+    job = race.Job("ours", 20, 0, 1e-4, 6, 640, "")
     race.run(job, tmp_path)
     found = json.loads((tmp_path / f"{job.key}.json").read_text())
-    assert found["seconds"] == pytest.approx(seconds) and found["reached"] is reached
-    assert found["path_kl"] == 0.7 and len(found["looks"]) == (4 if reached else 1 + race.IMAGES // 128)
-    assert found["images"] == pytest.approx(128 * seconds / 10)
+    assert found["reached"] is reached and len(found["looks"]) == 1 + math.ceil(looks)
+    assert [found[name] for name in ("images", "seconds", "path_kl")] == pytest.approx(
+        [128 * looks, 10 * looks, 0.7 * looks]
+    )
 
 
 def test_a_race_needs_a_place_for_the_other():
@@ -376,11 +385,47 @@ def test_a_race_needs_a_place_for_the_other():
         throughput.ThroughputOptions(panel=("race",))
 
 
-def test_what_was_measured_of_other_panels_stays(tmp_path):
-    old = [{"panel": name, "case": "old"} for name in ("limit", "profile", "solvers", "race")]
-    o = throughput.ThroughputOptions(out=tmp_path, panel=("limit",))
-    throughput.write("throughput", o, old, 0.0)
-    assert [row["panel"] for row in throughput.before(o)] == ["solvers", "race"]
+def test_a_race_cannot_be_quick(tmp_path):
+    with pytest.raises(ValueError, match="quick must be left out for the race"):
+        throughput.ThroughputOptions(panel=("race",), peer_env=tmp_path, quick=True)
+
+
+def test_half_an_environment_is_made_again_or_says_why(tmp_path, monkeypatch):
+    """Where an installation was broken off there is an interpreter, and no TRL."""
+    made = []
+
+    def fails(command, check):
+        made.append(command)
+        raise subprocess.CalledProcessError(1, command)
+
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").touch()
+    monkeypatch.setattr(peer.subprocess, "run", fails)
+    with pytest.raises(ValueError, match="peer_env: TRL's environment could not be made in"):
+        peer.environment(tmp_path)
+    monkeypatch.setattr(peer.subprocess, "run", lambda command, check: made.append(command))
+    assert peer.environment(tmp_path) == peer.environment(tmp_path) == str(tmp_path / "bin" / "python")
+    assert len(made) == 1 + 2
+
+
+def test_what_was_measured_of_other_panels_stays(tmp_path, monkeypatch):
+    """Also of a panel that now has nothing to say, as the accelerator's where there is none; and after every panel the
+    file is there."""
+    file = tmp_path / "throughput.json"
+
+    def panels():
+        return [(row["panel"], row["case"]) for row in json.loads(file.read_text())["rows"]]
+
+    def solvers(o, folder, python):
+        assert panels() == [("profile", "old"), ("gpu", "old"), ("limit", "new")]
+        return []
+
+    o = throughput.ThroughputOptions(out=tmp_path, panel=("limit", "solvers"))
+    throughput.write("throughput", o, [{"panel": name, "case": "old"} for name in ("limit", "profile", "gpu")], 0.0)
+    new = {"limit": lambda *_: [{"panel": "limit", "case": "new"}], "solvers": solvers}
+    monkeypatch.setattr(throughput, "PANELS", new)
+    throughput.main(o)
+    assert panels() == [("profile", "old"), ("gpu", "old"), ("limit", "new")]
 
 
 @pytest.mark.long

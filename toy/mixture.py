@@ -49,11 +49,16 @@ class Mixture:
             )
         if not bool((self.w > 0).all()) or abs(float(self.w.sum()) - 1) > 1e-9:
             raise ValueError(f"w must be positive and sum to 1, got {self.w.tolist()}")
-        cholesky(self.C, "C")
+        _ = self.root
+
+    @cached_property
+    def root(self) -> Tensor:
+        """Lower factors of the covariances, (K, d, d)."""
+        return cholesky(self.C, "C")
 
     def __call__(self, noise: Noise, ids: Tensor, cond: Any = None) -> Tensor:
         """Samples, (B, d), keyed by id."""
-        mu, root, w = (v.to(ids.device) for v in (self.mu, cholesky(self.C, "C"), self.w))
+        mu, root, w = (v.to(ids.device) for v in (self.mu, self.root, self.w))
         i = torch.searchsorted(w.cumsum(0), noise.uniform(ids, (), INITIAL, 1)).clamp(max=len(w) - 1)
         xi = noise.normal(ids, mu.shape[1:], INITIAL)
         return mu[i] + (root[i] @ xi[..., None])[..., 0]
