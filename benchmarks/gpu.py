@@ -62,6 +62,8 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 CONTEXT = 0.5
 """GiB of a CUDA context, about."""
 EPOCHS = 5
+OUT_OF_MEMORY = "out of memory"
+"""A result like others; what else fails is an error, after everything is written."""
 WORK: dict[str, Any] = {
     "algorithm": "actor-critic", "ema": 0.0, "lr": 1e-5, "reward": "jpeg-compressibility", "other_reward": None,
     "prompts": "animals", "steps": 10, "samples": 16, "batch": 8, "micro_batch": 8, "guidance": 5.0,
@@ -92,6 +94,8 @@ def apart(model: Path, options: dict[str, Any]) -> Row:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr[-4000:], file=sys.stderr)
+        if "OutOfMemoryError" in done.stderr:
+            return {"failed": OUT_OF_MEMORY}
         return {"failed": f"exit {done.returncode}: {(done.stderr.splitlines() or [''])[-1]}"}
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

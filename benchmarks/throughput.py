@@ -33,7 +33,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.gpu import gpu
+from benchmarks.gpu import OUT_OF_MEMORY, gpu
 from benchmarks.peer import environment
 from benchmarks.race import peer, race
 from benchmarks.report import Options, Row, check_among, command_line, table, write
@@ -316,6 +316,8 @@ def main(o: ThroughputOptions) -> None:
             rows = others(rows, found) + found
             written = write(NAME, o, rows, began, part="tuning" if o.tune else "")
     print("->", written)
+    if broken := [str(row["case"]) for row in rows if row.get("failed") not in (None, OUT_OF_MEMORY)]:
+        raise ValueError(f"gpu: failed, for the reasons above: {'; '.join(broken)}")
 
 
 def others(rows: list[Row], found: list[Row]) -> list[Row]:

@@ -28,7 +28,7 @@ def draw(results: Results) -> Figure:
     """What has been gained against time in training, and against path KL, a line a seed; left and right the steps of
     the judge, and of TRL's training."""
     looks = grouped(results.rows("throughput", "looks"), "case")
-    goals = {row["case"]: row["goal"] for row in results.rows("throughput", "race") if "goal" in row}
+    goals = {row["case"]: row["goal"] for row in results.rows("throughput", "race")}
     steps = list(dict.fromkeys(case.partition(", ")[2] for (case,) in looks))
     figure, axes = panels(DOUBLE, 4.6, len(ACROSS), len(steps), sharey=True, sharex="row")
     for ax, (across, words) in zip(axes, product(ACROSS, steps), strict=True):

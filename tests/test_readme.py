@@ -148,7 +148,7 @@ def test_its_table_of_the_race_is_what_was_measured():
         ours, theirs = (found[f"{side}, N = {n}"] for side in sides)
         assert ours["reached"] == ours["seeds"] and theirs["reached"] == 0
         assert theirs["gain"] < ours["goal"] / 2 and theirs["path_kl"] > ours["path_kl"]
-    assert found["trl, N = 20"]["updates"] == found["trl, N = 50"]["updates"] == 4
+    assert {(case[:3], row["updates"]) for case, row in found.items()} == {("trl", 4), ("our", 6)}
 
 
 def test_what_it_says_of_the_search_is_what_was_measured():

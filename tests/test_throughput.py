@@ -8,7 +8,7 @@ import math
 import os
 import subprocess
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
@@ -235,11 +235,21 @@ def test_without_an_accelerator_nothing_is_measured_and_it_says_so(capsys, monke
     assert gpu.gpu(quick=False) == [] and "there is no accelerator" in capsys.readouterr().out
 
 
-def test_options_that_fail_say_how_and_the_others_are_measured(monkeypatch, capfd):
-    done = subprocess.CompletedProcess([], 1, "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory.\n")
+@pytest.mark.parametrize(
+    ("last", "failed"),
+    [("torch.OutOfMemoryError: CUDA out of memory.", "out of memory"), ("KeyError: 3", "exit 1: KeyError: 3")],
+)
+def test_options_that_fail_say_how(last, failed, tmp_path, monkeypatch, capfd):
+    """Too little memory is a result; anything else is an error, once all is written."""
+    done = subprocess.CompletedProcess([], 1, "", f"Traceback\n{last}\n")
     monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: done)
-    assert gpu.apart(peer.MODEL, {}) == {"failed": "exit 1: torch.OutOfMemoryError: CUDA out of memory."}
-    assert "Traceback" in capfd.readouterr().err
+    row = {"panel": "gpu", "case": "bf16", "device": "D", **gpu.apart(peer.MODEL, {})}
+    assert row["failed"] == failed and "Traceback" in capfd.readouterr().err
+    monkeypatch.setattr(throughput, "PANELS", {"gpu": lambda *_: [row]})
+    o = throughput.ThroughputOptions(out=tmp_path, panel=("gpu",))
+    with pytest.raises(ValueError, match=r"gpu: failed, .*: bf16") if "exit" in failed else nullcontext():
+        throughput.main(o)
+    assert json.loads((tmp_path / "throughput.json").read_text())["rows"] == [row]
 
 
 @pytest.mark.long

@@ -49,7 +49,7 @@ class Mixture:
             )
         if not bool((self.w > 0).all()) or abs(float(self.w.sum()) - 1) > 1e-9:
             raise ValueError(f"w must be positive and sum to 1, got {self.w.tolist()}")
-        _ = self.root
+        _ = self.root  # or says what is wrong with C
 
     @cached_property
     def root(self) -> Tensor:
