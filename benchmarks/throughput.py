@@ -307,6 +307,7 @@ def main(o: ThroughputOptions) -> None:
     python = environment(o.peer_env) if o.peer_env else ""  # if it cannot be made, nothing is measured
     file = o.out / f"{NAME}.json"
     rows = json.loads(file.read_text())["rows"] if file.is_file() and not o.tune else []
+    broken: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
             found = PANELS[panel](o, Path(folder), python)
@@ -314,9 +315,10 @@ def main(o: ThroughputOptions) -> None:
                 if some := [{c: row.get(c) for c in columns} for row in found if what in row]:
                     print(table(some, columns))
             rows = others(rows, found) + found
+            broken += [str(row["case"]) for row in found if row.get("failed") not in (None, OUT_OF_MEMORY)]
             written = write(NAME, o, rows, began, part="tuning" if o.tune else "")
     print("->", written)
-    if broken := [str(row["case"]) for row in rows if row.get("failed") not in (None, OUT_OF_MEMORY)]:
+    if broken:
         raise ValueError(f"gpu: failed, for the reasons above: {'; '.join(broken)}")
 
 
