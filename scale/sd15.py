@@ -76,6 +76,7 @@ def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
     pipeline.vae.requires_grad_(False)
     pipeline.text_encoder.requires_grad_(False)
     if s.lora:
+        torch.manual_seed(s.seed)  # the adapters' first weights must not depend on the process
         adapters(pipeline.unet, s.lora)
     tuning.lay_out(s, pipeline.unet)
     return pipeline.to(device)
@@ -130,7 +131,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     judged = Decoded(pipeline.vae, rewards["reward"], differentiable=gradient, chunk=s.batch)
     task = problem(reference, judged, beta=s.beta, eta=eta, gamma=s.gamma)
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
-    torch.manual_seed(s.seed)  # of the critic's first weights
+    torch.manual_seed(s.seed)  # the critic's first weights: loading may have drawn numbers
     critic = critic_of(s, task, conditions.width, gradient) if s.algorithm in LEARN_VALUES else None
     algorithm.check(task, solver, critic)
     try_rewards(pipeline, rewards, prompts, eval_prompts)

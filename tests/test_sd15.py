@@ -3,10 +3,15 @@
 import dataclasses
 import html.parser
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
@@ -20,7 +25,9 @@ from scale.rewards import reward_of
 from scale.sd15 import Evaluate, Export, Sample, evaluate_run, export, main, needs, sample, settings_of, train
 from scale.settings import ASSETS, EMBEDDED, Settings
 from scale.shapes import judge, parse
-from scale.tuning import algorithm_of
+from scale.tuning import algorithm_of, learn
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +209,69 @@ def test_adapters_alone_are_trained_and_kept(model, tmp_path):
     assert again.gain == pytest.approx(found.evaluation.gain, abs=1e-5)
 
 
+def first_weights(model, tmp_path, **changes):
+    """Of the adapters and the critic, in one vector, after the process has drawn for other reasons."""
+    torch.seed()
+    task = sd15.assemble(short(model, tmp_path, **changes), None, Accelerator())
+    parameters = [p for m in (task.policy, task.critic) for p in m.parameters() if p.requires_grad]
+    return torch.cat([p.detach().flatten() for p in parameters])
+
+
+@pytest.mark.parametrize("changes", [{"lora": 2}, {"lora": 2, "critic": "structured", "reward": "following"}], ids=str)
+def test_the_seed_fixes_all_first_weights(model, tmp_path, changes):
+    first, again, other = (first_weights(model, tmp_path, seed=seed, **changes) for seed in (3, 3, 4))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def trained(model, out):
+    """A run's trained weights, and its metrics but for the time they took; in float64, and by plain gradient descent:
+    Adam divides by the sizes of gradients, and so magnifies the rounding of small ones."""
+    torch.set_default_dtype(torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load", lambda *given, load=models.load: load(*given).to(torch.float64))
+        s, accelerator = short(model, out, samples=2, steps=2, lora=2, lr=0.1, critic_lr=0.1), Accelerator()
+        task = sd15.assemble(s, None, accelerator)
+    descent = dataclasses.replace(task, fit=dataclasses.replace(task.fit, optimizer=torch.optim.SGD))
+    history = learn(s, descent, accelerator)
+    weights = [p for m in (task.learner, task.critic) for p in m.parameters() if p.requires_grad]
+    return {
+        "weights": torch.cat([p.detach().flatten() for p in weights]),
+        "history": [{name: v for name, v in metrics.items() if name != "seconds"} for metrics in history],
+    }
+
+
+def worker(model, folder, rank, world):
+    """One process of several: what it has at the end goes to a file."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    torch.save(trained(model, f"{folder}/run"), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_adapters_on_two_processes_are_those_of_one(model, tmp_path):
+    """Weights and metrics, to rounding; and both processes end with the same."""
+    shared = {
+        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(model), str(tmp_path), str(rank)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    one = trained(model, tmp_path / "alone")
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    for rank in range(2):
+        run = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(run["weights"], one["weights"], rtol=1e-9, atol=1e-11)
+        for x, y in zip(run["history"], one["history"], strict=True):
+            assert list(x.values()) == pytest.approx(list(y.values()), rel=1e-9, abs=1e-11)
+
+
 def test_a_reward_of_ones_own(model, tmp_path):
     def redness(images, prompts, metadata):
         return images[:, 0].mean((1, 2))
@@ -315,3 +385,7 @@ def test_the_recipe_runs(tmp_path):
     report = json.loads((tmp_path / "recipe.json").read_text())
     assert report["follows_its_prompts"]["sure"]["1.0"]["right"] < 0.5 and report["megabytes"] < 8
     assert models.load(str(tmp_path)).unet.num_parameters() == report["parameters"]["unet"]
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), 2)
