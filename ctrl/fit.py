@@ -36,6 +36,7 @@ from ctrl.algorithms.base import Algorithm
 from ctrl.fields import check_fields
 from ctrl.gaussian import GaussianPolicy
 from ctrl.grids import node_weights
+from ctrl.lock import locked
 from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
@@ -185,6 +186,15 @@ class Result:
     history: list[dict[str, Any]]
 
 
+def check_processes(accelerator: Accelerator) -> None:
+    """Raise unless the processes see one another."""
+    if accelerator.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError(
+            f"accelerator: there are {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and each would train alone; "
+            f"without a GPU set ACCELERATE_USE_CPU=true"
+        )
+
+
 class Run:
     """The state of a training run, and what an algorithm may do with it."""
 
@@ -198,11 +208,7 @@ class Run:
         settings: Settings,
         accelerator: Accelerator,
     ) -> None:
-        if accelerator.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
-            raise ValueError(
-                f"accelerator: there are {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and each would train "
-                f"alone; without a GPU set ACCELERATE_USE_CPU=true"
-            )
+        check_processes(accelerator)
         if settings.samples < accelerator.num_processes:
             raise ValueError(
                 f"samples must be at least one for each of the {accelerator.num_processes} processes, "
@@ -570,19 +576,33 @@ def fit(
     algorithm.check(problem, settings.solver, critic)
     if resume and settings.out is None:
         raise ValueError("resume needs settings.out, the folder with the checkpoints")
-    if not (resume or overwrite) and settings.out is not None and checkpoint.folders(settings.out):
-        raise ValueError(
-            f"settings.out = {settings.out} holds checkpoints already: pass resume=True, overwrite=True, or another "
-            f"folder"
-        )
     run = Run(problem, policy, algorithm, critic, conditions, settings, accelerator)
-    if settings.out is not None:
-        if overwrite and not resume:
-            checkpoint.clear(run)
-        checkpoint.load_newest(run)
-        checkpoint.check_room(run)
+    with locked(settings.out, accelerator):
+        _begin(run, resume, overwrite)
+        _train(run, callbacks)
+    return Result(policy, critic, run.ema, run.history)
+
+
+def _begin(run: Run, resume: bool, overwrite: bool) -> None:
+    """Go on from what the folder holds, or begin anew."""
+    out = run.settings.out
+    if out is None:
+        return
+    if not (resume or overwrite) and checkpoint.folders(out):
+        raise ValueError(
+            f"settings.out = {out} holds checkpoints already: pass resume=True, overwrite=True, or another folder"
+        )
+    if overwrite and not resume:
+        checkpoint.clear(run)
+    checkpoint.load_newest(run)
+    checkpoint.check_room(run)
+
+
+def _train(run: Run, callbacks: Sequence[Callback]) -> None:
+    """The epochs that are left."""
+    settings = run.settings
     bar = tqdm(
-        total=settings.epochs, initial=run.epoch, disable=not (settings.progress and accelerator.is_main_process)
+        total=settings.epochs, initial=run.epoch, disable=not (settings.progress and run.accelerator.is_main_process)
     )
     with bar, run.stops:
         while run.epoch < settings.epochs:
@@ -596,7 +616,6 @@ def fit(
             if run.epoch < settings.epochs:
                 run.stops.epoch_ends()
             _stop_if_asked(run)
-    return Result(policy, critic, run.ema, run.history)
 
 
 def _show(bar: tqdm, metrics: dict[str, Any], samples: int) -> None:

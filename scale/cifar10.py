@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 from ctrl import NetworkCritic, Noise, StructuredCritic
 from ctrl.algorithms import InverseRL
 from ctrl.fields import one_of
+from ctrl.lock import locked
 from ctrl.noise import INITIAL, PATH
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
@@ -269,16 +270,17 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
     s = settings
     accelerator = tuning.accelerator_of(s)
-    task = assemble(s, reward, accelerator)
-    tuning.begin(s, task, accelerator, "cifar10")
+    with locked(s.out, accelerator):
+        task = assemble(s, reward, accelerator)
+        tuning.begin(s, task, accelerator, "cifar10")
 
-    def shown() -> Tensor:
-        return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
+        def shown() -> Tensor:
+            return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
 
-    history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
-    found = finish(s, task, history) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+        history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
+        found = finish(s, task, history) if accelerator.is_main_process else None
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     return tuning.Outcome(task.pipeline, found, history, s.out)
 
 

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, StructuredCritic
 from ctrl.algorithms import DDPO
+from ctrl.lock import locked
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import models, report, tuning
@@ -148,13 +149,14 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
 def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
     s, accelerator = settings, tuning.accelerator_of(settings)
-    task = assemble(s, reward, accelerator)
-    tuning.begin(s, task, accelerator, "sd15", left=("lora",))
-    watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
-    history = tuning.learn(s, task, accelerator, watch)
-    found = finish(s, task, history) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
+    with locked(s.out, accelerator):
+        task = assemble(s, reward, accelerator)
+        tuning.begin(s, task, accelerator, "sd15", left=("lora",))
+        watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
+        history = tuning.learn(s, task, accelerator, watch)
+        found = finish(s, task, history) if accelerator.is_main_process else None
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
     return Outcome(task.pipeline, found, history, s.out)
 
 

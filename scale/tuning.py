@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ctrl import Solver, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
 from ctrl.fields import check_fields
-from ctrl.fit import Callback, Conditions, Run, fit
+from ctrl.fit import Callback, Conditions, Run, check_processes, fit
 from ctrl.fit import Settings as FitSettings
 from ctrl.guards import Guards
 from ctrl.problem import ScoreAsAction
@@ -260,6 +260,7 @@ def accelerator_of(s: Tuning) -> Accelerator:
         mixed_precision=None if s.precision == "no" else s.precision,
         log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out, kwargs_handlers=[patience],
     )  # fmt: skip
+    check_processes(accelerator)
     if accelerator.is_main_process:
         embedded = s.model == str(s.embedded.with_suffix(""))
         why = " (there is no CUDA; --model names another)" if embedded and not torch.cuda.is_available() else ""

@@ -22,6 +22,7 @@ import ctrl.algorithms
 from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm, PathConsistency
 from ctrl.fit import Settings, fit, linear_decay
+from ctrl.lock import FILE
 from toy import catalogue
 from toy.networks import Policy, Value
 
@@ -154,7 +155,14 @@ def worker(folder, rank, world):
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     runs = {name: train(**case) for name, case in CASES.items()}
     runs["resumed"] = interrupted(2, out=f"{folder}/run", checkpoint_every=2, **CASES["actor-critic"])
-    torch.save({name: run.plain() for name, run in runs.items()}, f"{folder}/{rank}.pt")
+    told = {name: run.plain() for name, run in runs.items()}
+    taken = Path(folder, "taken")
+    taken.mkdir(exist_ok=True)
+    (taken / FILE).write_text('{"pid": 7, "host": "elsewhere"}')
+    with pytest.raises(ValueError, match="taken by process 7 on elsewhere") as refused:
+        train(out=taken)
+    told["refused"], told["left"] = str(refused.value), sorted(file.name for file in Path(folder, "run").iterdir())
+    torch.save(told, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
@@ -210,6 +218,14 @@ def test_several_processes_resume(world):
     for run in together(world):
         close(run["resumed"]["parameters"], one["parameters"])
         same_history(run["resumed"]["history"], one["history"])
+
+
+@worlds
+def test_several_processes_hold_one_folder(world):
+    """All of them are refused where the main one is, and nothing of the lock stays."""
+    runs = together(world)
+    assert len({run["refused"] for run in runs}) == 1
+    assert all(run["left"] == ["checkpoints", "metrics.jsonl"] for run in runs)
 
 
 # chunks, micro-batches, seeds

@@ -17,7 +17,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
 from ctrl.algorithms import KLBudget
-from scale import make_tiny_sd, models, sd15
+from ctrl.lock import FILE
+from scale import make_tiny_sd, models, sd15, tuning
 from scale.evaluate import draw
 from scale.make_tiny_sd import Recipe, untrained
 from scale.prompts import Prompt, read
@@ -147,6 +148,26 @@ def test_a_stopped_run_goes_on(model, tmp_path):
     assert export(Export(tmp_path / "whole")).name == f"epoch-{1 + merits.index(max(merits)):06d}"
     with pytest.raises(ValueError, match=r"epoch must be that of a checkpoint in .*: 2, 1"):
         export(Export(tmp_path / "whole", epoch=7))
+
+
+def test_a_run_holds_its_folder_from_before_the_model_is_loaded_to_after_the_evaluation(model, tmp_path, monkeypatch):
+    """The critic's own epochs included."""
+    held = []
+
+    def watched(part, name):
+        before = getattr(part, name)
+
+        def work(*arguments, **options):
+            held.append((name, (tmp_path / "run" / FILE).exists()))
+            return before(*arguments, **options)
+
+        monkeypatch.setattr(part, name, work)
+
+    for part, name in ((models, "load"), (tuning, "pretrain"), (tuning, "fit"), (sd15, "evaluate")):
+        watched(part, name)
+    train(short(model, tmp_path / "run", epochs=1, pretrain=1, eval_samples=2, eval_steps=()))
+    assert [name for name, _ in held] == ["load", "pretrain", "fit", "fit", "load", "evaluate"]
+    assert all(there for _, there in held) and not (tmp_path / "run" / FILE).exists()
 
 
 @pytest.mark.parametrize(
