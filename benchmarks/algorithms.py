@@ -28,7 +28,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
@@ -44,7 +44,21 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.colours import COLOURS
-from benchmarks.report import Options, Row, carried_out, command_line, number, over_seeds, table, those_there, write
+from benchmarks.report import (
+    Options,
+    Row,
+    carried_out,
+    command_line,
+    digest,
+    leave,
+    number,
+    over_seeds,
+    search,
+    table,
+    those_there,
+    with_commits,
+    write,
+)
 from ctrl import (
     Estimate,
     EulerMaruyama,
@@ -140,6 +154,8 @@ class AlgorithmOptions(Options):
         super().__post_init__()
         if unknown := [name for name in self.method if name not in METHODS]:
             raise ValueError(f"method must be among {', '.join(METHODS)}, got {', '.join(unknown)}")
+        if self.tune and self.done:
+            raise ValueError("done cannot be combined with tune: a search reuses its finished runs and continues")
         if self.algorithm is not None and ":" not in self.algorithm:
             raise ValueError(f"algorithm must be module:Class, got {self.algorithm!r}")
 
@@ -156,9 +172,18 @@ class Job:
     lr: float | None = None
 
     @property
+    def settings(self) -> Settings:
+        """How `fit` makes it."""
+        s = Settings(steps=self.steps, seed=self.seed, progress=False, patience=1, **method_of(self.method).settings)
+        s = replace(s, epochs=max(self.trajectories // s.samples, 1))
+        return s if self.lr is None else replace(s, lr=self.lr, critic_lr=CRITIC * self.lr)
+
+    @property
     def key(self) -> str:
         """Its file's name."""
-        return "_".join(str(v).replace(":", ".") for v in asdict(self).values() if v is not None)
+        method = method_of(self.method)
+        words = [str(v).replace(":", ".") for v in asdict(self).values() if v is not None]
+        return "_".join([*words, digest(self.settings, method.algorithm(), method.critic, train, FINAL)])
 
 
 def entry_of(name: str) -> Entry:
@@ -185,9 +210,7 @@ def run(job: Job, store: Path, device: str = "cpu") -> None:
     """Train and leave in the store the policy, and then how it went."""
     row, policy = train(job, device)
     torch.save(policy.state_dict(), store / f"{job.key}.pt")
-    part = store / f"{job.key}.part"
-    part.write_text(json.dumps(row))
-    os.replace(part, store / f"{job.key}.json")
+    leave(row, store, job.key)
 
 
 def trained(job: Job, store: Path) -> Policy:
@@ -202,11 +225,7 @@ def train(job: Job, device: str = "cpu") -> tuple[Row, Policy]:
     """Train, score on the way, and say how it went."""
     torch.set_num_threads(1)
     torch.manual_seed(job.seed)
-    entry, method = entry_of(job.problem), method_of(job.method)
-    settings = Settings(steps=job.steps, seed=job.seed, progress=False, patience=1, **method.settings)
-    settings = replace(settings, epochs=max(job.trajectories // settings.samples, 1))
-    if job.lr is not None:
-        settings = replace(settings, lr=job.lr, critic_lr=CRITIC * job.lr)
+    entry, method, settings = entry_of(job.problem), method_of(job.method), job.settings
     problem = entry.problem
     policy = Policy(problem, classes=entry.classes)
     critic = method.critic(problem, Value(problem, classes=entry.classes))
@@ -284,7 +303,7 @@ def full() -> list[tuple[str, str, int]]:
     return list(dict.fromkeys(cases))
 
 
-def carry_out(jobs: list[Job], store: Path, workers: int, done: bool = False, device: str = "cpu") -> list[Row]:
+def carry_out(jobs: Sequence[Job], store: Path, workers: int, done: bool = False, device: str = "cpu") -> list[Row]:
     """Every job, from its file where it was done before; with `done`, these alone."""
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
@@ -385,14 +404,22 @@ def spread(rows: list[Row]) -> list[Row]:
 
 
 def tune(options: AlgorithmOptions) -> list[Row]:
-    """Learning rates on random mixtures, the same search for every method: mean regret over problems and seeds."""
-    rates = (2.5e-3, 5e-3, 1e-2, 2e-2)
+    """Learning rates on random mixtures, the same search for every method: mean regret over problems and seeds. It is
+    extended beyond these rates until the best lies inside."""
+    rates, store = (2.5e-3, 5e-3, 1e-2, 2e-2), options.out / f"{NAME}.runs"
     jobs = [
         Job(f"random-{k}", method, n, k, options.trajectories, lr)
         for method in options.method for lr in rates for n in options.steps for k in range(options.seeds)
     ]  # fmt: skip
-    runs = carry_out(jobs, options.out / f"{NAME}.runs", options.jobs)
-    return summarise([{**r, "problem": "random mixtures"} for r in runs])
+
+    def carried(jobs: Sequence[Job]) -> dict[Job, Row]:
+        return dict(zip(jobs, carry_out(jobs, store, options.jobs), strict=True))
+
+    def value(r: Row) -> float:
+        return -math.inf if r["failed"] else -number(r, "regret")
+
+    runs = search(jobs, carried, value, 2.0, case=lambda job: (job.method, job.steps)).values()
+    return with_commits(summarise([{**r, "problem": "random mixtures"} for r in runs]), runs)
 
 
 def compared(rows: list[Row]) -> list[tuple[str, int]]:
@@ -451,10 +478,10 @@ def main(options: AlgorithmOptions) -> None:
         print(table(apart, [name for name in apart[0] if name != "panel"]))
     rows += apart
     if options.sweep:
-        print("->", write(NAME, options, rows, began, part="sweep"))
+        print("->", write(NAME, options, with_commits(rows, runs), began, part="sweep"))
         return
     rows += learning_curves(runs)
-    path = write(NAME, options, rows, began)
+    path = write(NAME, options, with_commits(rows, runs), began)
     draw(rows).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 

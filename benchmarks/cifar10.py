@@ -14,25 +14,38 @@ Runs are kept in OUT/cifar10.runs, each with its pipeline, so that an interrupte
 
 from __future__ import annotations
 
-import json
+import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
-from zlib import crc32
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, check_among, command_line, kept, leave, over_seeds, table, write
-from ctrl import Noise, rollout
+from benchmarks.report import (
+    Options,
+    Row,
+    check_among,
+    command_line,
+    digest,
+    kept,
+    leave,
+    over_seeds,
+    search,
+    table,
+    with_commits,
+    write,
+)
+from ctrl import Noise, NotFinite, rollout
 from scale import cifar10, pixels, tuning
 from scale.cifar10 import Settings, Task
 from scale.classifiers import Moments, diversity, features, frechet, histogram
@@ -52,8 +65,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 TRAINED = "2m"
 """The sampler that is trained."""
-RATES = (1e-5, 2e-5, 5e-5)
-"""Of the search."""
+RATES, FACTOR = (1e-5, 2e-5, 5e-5), 2.0
+"""Of the search, which is extended by this factor until the best lies inside."""
 RATE = {"actor-critic": 2e-5, "td-form": 5e-5, "next-value": 2e-5, "ddpo": 2e-5}
 """What the search found by frechet_ode (results/cifar10_tuning.json)."""
 WINDOW = 4
@@ -84,6 +97,8 @@ class CIFAROptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_among(self, method=METHODS)
+        if self.tune and self.done:
+            raise ValueError("done cannot be combined with tune: a search reuses its finished runs and continues")
         if self.data is None:
             raise ValueError("data must be given: --data FOLDER with CIFAR-10, whose energy is learned")
 
@@ -102,10 +117,8 @@ class Job:
     @property
     def key(self) -> str:
         """Its file's name."""
-        if self.method is None:
-            return f"untuned-{self.judged}"
-        made = crc32(json.dumps(self.settings(Path()).plain()).encode())  # other settings, another run
-        return f"{self.method}-{self.seed}-{self.images}-{self.judged}-{made:08x}"
+        made = digest(self.settings(Path()).plain(), run, sampled, judged, Seen, WINDOW)
+        return f"{self.method or 'untuned'}-{self.seed}-{self.images}-{self.judged}-{made}"
 
     def settings(self, out: Path) -> Settings:
         """The embedded model's, with what is the method's own."""
@@ -127,17 +140,24 @@ def run(job: Job, store: Path) -> None:
     task = cifar10.assemble(s, None, accelerator)
     if job.method is None:
         drawn = {by: pixels.draw(task.pipeline, range(job.judged), by, s.steps, s.batch) for by in pixels.SAMPLERS}
-        leave({by: judged(images) for by, images in {**drawn, TRAINED: sampled(task, s, job.judged)}.items()},
-              store, job.key)  # fmt: skip
+        drawn[TRAINED] = sampled(task, s, job.judged)
+        leave({"by": {by: judged(images) for by, images in drawn.items()}}, store, job.key)
         return
     tuning.begin(s, task, accelerator, NAME)
-    history = tuning.learn(s, task, accelerator, seen)
+    try:
+        history = tuning.learn(s, task, accelerator, seen)
+    except NotFinite as failure:
+        if job.lr is None:
+            raise
+        leave({"failed": str(failure)}, store, job.key)
+        return
     seconds, last = time.process_time() - began, history[-1]
     task.pipeline.save_pretrained(out / "pipeline")
     ode = pixels.draw(task.pipeline, range(job.judged), s.eval_sampler, s.steps, s.batch)
     kl = nats(task.problem, Score.of(task.pipeline), lambda ids: None, s.batch, 25, s.batch)
-    row = {**judged(sampled(task, s, job.judged)), "frechet_ode": judged(ode)["frechet"], "path_kl": float(kl.mean),
-           "seconds": seconds, "network_calls": last["network_calls"], "curve": seen.curve}  # fmt: skip
+    row = {"failed": None, **judged(sampled(task, s, job.judged)), "frechet_ode": judged(ode)["frechet"],
+           "path_kl": float(kl.mean), "seconds": seconds, "network_calls": last["network_calls"],
+           "curve": seen.curve}  # fmt: skip
     leave(row, store, job.key)
     shutil.rmtree(out / "checkpoints")
 
@@ -189,7 +209,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
     """A row a sampler of the untuned model, one a method (panel `forms`), and the curves."""
     for job, r in runs.items():
         if job.method is None:
-            for name, found in r.items():
+            for name, found in r["by"].items():
                 yield {"panel": "untuned", "sampler": name, "judged": job.judged, **found}
     for method in dict.fromkeys(job.method for job in runs if job.method):
         group = [r for job, r in runs.items() if job.method == method]
@@ -206,19 +226,27 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
             yield {"panel": "curve", "algorithm": job.method, "seed": job.seed, "images": images, "frechet": value}
 
 
+def nearness(found: dict[str, Any]) -> float:
+    """What the search maximises; a run that diverged is the worst."""
+    return -math.inf if found["failed"] else -float(found["frechet_ode"])
+
+
 def main(o: CIFAROptions) -> None:
     """Train, print, write."""
     began = time.perf_counter()
-    runs = kept(run, jobs_of(o), o.out / f"{NAME}.runs", o.jobs, done=o.done)
+    carry_out = partial(kept, run, store=o.out / f"{NAME}.runs", workers=o.jobs, done=o.done)
     if o.tune:
+        runs = search(jobs_of(o), carry_out, nearness, FACTOR, case=lambda job: job.method)
         rows: list[Row] = [
-            {"algorithm": j.method, "lr": j.lr, **{name: r[name] for name in ("frechet", "frechet_ode", "path_kl")}}
-            for j, r in runs.items()
-        ]
+            {"algorithm": j.method, "lr": j.lr, "failed": runs[j]["failed"],
+             **{name: runs[j].get(name) for name in ("frechet", "frechet_ode", "path_kl")}}
+            for j in sorted(runs, key=lambda j: (list(METHODS).index(j.method), j.lr))
+        ]  # fmt: skip
         print(table(rows, list(rows[0])))
-        print("->", write(NAME, o, rows, began, part="tuning"))
+        print("->", write(NAME, o, with_commits(rows, runs.values()), began, part="tuning"))
         return
-    rows = list(summarise(runs))
+    runs = carry_out(jobs_of(o))
+    rows = with_commits(list(summarise(runs)), runs.values())
     for panel in ("untuned", "forms"):
         shown = [r for r in rows if r["panel"] == panel]
         print(table(shown, [name for name in shown[0] if name != "panel"]) if shown else f"no {panel}")

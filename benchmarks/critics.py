@@ -32,7 +32,19 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Row, TrainingOptions, check_among, command_line, kept, leave, over_seeds, table, write
+from benchmarks.report import (
+    Row,
+    TrainingOptions,
+    check_among,
+    command_line,
+    digest,
+    kept,
+    leave,
+    over_seeds,
+    table,
+    with_commits,
+    write,
+)
 from ctrl import COSINE, LINEAR, NetworkCritic, Skip, StructuredCritic
 from ctrl.algorithms import ActorCritic
 from ctrl.fit import Run, Settings, fit
@@ -74,9 +86,15 @@ class Job:
     trajectories: int
 
     @property
+    def settings(self) -> Settings:
+        """How `fit` makes it."""
+        return Settings(steps=STEPS, seed=self.seed, epochs=self.trajectories // Settings.samples, progress=False)
+
+    @property
     def key(self) -> str:
         """Its file's name."""
-        return f"{self.design.replace(', ', '-')}-{self.seed}-{self.trajectories}"
+        made = digest(self.settings, PROBLEM, SKIPS[self.design.split(", ")[0]], run, critic_of, fields, Seeing)
+        return f"{self.design.replace(', ', '-')}-{self.seed}-{self.trajectories}-{made}"
 
 
 class Seeing(nn.Module):
@@ -104,8 +122,6 @@ def run(job: Job, store: Path) -> None:
     torch.manual_seed(job.seed)
     entry, looks = catalogue.get(PROBLEM), []
     policy, critic = Policy(entry.problem), critic_of(job.design)
-    epochs = job.trajectories // Settings.samples
-    settings = Settings(steps=STEPS, seed=job.seed, epochs=epochs, progress=False)
 
     def look(run: Run, metrics: dict[str, Any]) -> None:
         if (n := metrics["trajectories"]) & (n - 1) == 0 or n % 1024 == 0:
@@ -114,7 +130,7 @@ def run(job: Job, store: Path) -> None:
             errors = (metrics["critic_loss"], found.critic_gradient_error.mean, found.relative_regret.mean)
             looks.append({"trajectories": n} | dict(zip(MEASURES, map(float, errors), strict=True)))
 
-    fit(entry.problem, policy, ActorCritic(), critic=critic, settings=settings, callbacks=[look])
+    fit(entry.problem, policy, ActorCritic(), critic=critic, settings=job.settings, callbacks=[look])
     field = list(fields(policy, critic)) if job.design == SHOWN else []
     leave({"looks": looks, "field": field}, store, job.key)
 
@@ -160,7 +176,7 @@ def main(options: CriticOptions) -> None:
     last = [row for row in rows if row["trajectories"] == trajectories]
     print(table(last, ["design", "seeds", *(f"{name}{end}" for name in MEASURES for end in ("", "_se"))]))
     shown: list[Row] = next((run["field"] for job, run in found.items() if job.design == SHOWN), [])
-    path = write(NAME, options, [*rows, *shown], began)
+    path = write(NAME, options, with_commits([*rows, *shown], found.values()), began)
     print(f"-> {path}; drawn by paper_figures/critic_designs.py and learned_fields.py")
 
 

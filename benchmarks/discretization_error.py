@@ -56,7 +56,7 @@ from benchmarks import trained
 from benchmarks.colours import COLOURS
 from benchmarks.estimators import copies
 from benchmarks.moments import CALLS, ESTIMATORS, Case, integrated, trajectory
-from benchmarks.report import Options, Row, command_line, number, table, write
+from benchmarks.report import Options, Row, command_line, number, table, with_commits, write
 from ctrl import (
     DDIM,
     Estimate,
@@ -309,7 +309,7 @@ class Size:
 
 def size(options: BiasOptions) -> Size:
     """What was asked for, or as much of it as takes a minute."""
-    store = options.out / "algorithms.runs"
+    store = options.out / ("algorithms.runs" if options.device == "cpu" else f"algorithms-{options.device}.runs")
     if options.quick:
         calls = [n for n in options.steps if n in (10, 20, 80)]
         plan = trained.Plan(["gaussian-1d"], (10, 20), 1, 256, store, options.device, options.seed)
@@ -346,9 +346,11 @@ def measure(n: Size, seed: int) -> list[Row]:
 def learn(n: Size) -> list[Row]:
     """Policies, and what the step size has left in them."""
     runs = n.plan.train()
-    work: list[Callable[[], Iterator[Row]]] = [
+    of_runs: list[Callable[[], Iterator[Row]]] = [
         *(partial(trained.transfer, n.plan, runs, *case) for case in product(n.plan.problems, trained.TRAINED)),
         *(partial(panel, n.plan, runs) for panel in (trained.invariance, trained.cost)),
+    ]
+    others: list[Callable[[], Iterator[Row]]] = [
         *(
             partial(trained.drift, "gaussian-1d", e, steps)
             for e, steps in product(n.drifts, n.plan.steps)
@@ -356,7 +358,9 @@ def learn(n: Size) -> list[Row]:
         ),
         *([partial(trained.black_box, n.plan), partial(trained.flow, n.plan, "gaussian-1d")] if n.boxes else []),
     ]
-    return [row for panel in tqdm(work, "panels", leave=False) for row in panel()]
+    found = [row for panel in tqdm(of_runs, "panels of runs", leave=False) for row in panel()]
+    more = [row for panel in tqdm(others, "panels", leave=False) for row in panel()]
+    return with_commits(found, runs.values()) + more
 
 
 def is_diffusion(name: str) -> bool:

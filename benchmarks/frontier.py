@@ -25,7 +25,17 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.algorithms import FINAL, METHODS, Job, by_seed, carry_out, entry_of
-from benchmarks.report import Row, TrainingOptions, check_among, command_line, number, over_seeds, table, write
+from benchmarks.report import (
+    Row,
+    TrainingOptions,
+    check_among,
+    command_line,
+    number,
+    over_seeds,
+    table,
+    with_commits,
+    write,
+)
 from toy import catalogue
 from toy.scoreboard import reference_regret
 
@@ -86,7 +96,7 @@ def main(options: FrontierOptions) -> None:
     runs = carry_out(jobs, options.out / "algorithms.runs", options.jobs, options.done)
     found = list(learned(runs))
     print(table(found, [name for name in found[0] if name not in ("panel", "problem", "steps", "trajectories")]))
-    path = write(NAME, options, [*exact(), *found], began)
+    path = write(NAME, options, [*exact(), *with_commits(found, runs)], began)
     print(f"-> {path}; drawn by paper_figures/frontier.py")
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, check_among, command_line, table, write
+from benchmarks.report import Options, Row, check_among, command_line, digest, leave, table, with_commits, write
 from scale import cifar10, sd15
 from scale.settings import Tuning
 
@@ -45,12 +45,14 @@ class PictureOptions(Options):
 
 def carry_out(name: str, store: Path, quick: bool) -> Path:
     """The folder of the run, which is made or gone on with."""
-    (kind, train), out = RUNS[name], store / (f"{name}-quick" if quick else name)
-    if not (out / "evaluation.json").exists():
-        s = replace(kind.read(kind.embedded), out=out, resume=(out / "config.json").exists())
-        small = {"epochs": 1, "samples": 8, "pretrain": 0, "eval_samples": 4, "eval_steps": (),
-                 "options": ("nodes=8", "updates=1")}  # fmt: skip
-        train(replace(s, **small) if quick else s)
+    kind, train = RUNS[name]
+    small = {"epochs": 1, "samples": 8, "pretrain": 0, "eval_samples": 4, "eval_steps": (),
+             "options": ("nodes=8", "updates=1")}  # fmt: skip
+    s = replace(kind.read(kind.embedded), **(small if quick else {}))
+    out = store / f"{name}-{digest(s.plain())}"
+    if not out.with_suffix(".json").exists():
+        train(replace(s, out=out, resume=(out / "config.json").exists()))
+        leave({}, store, out.name)
     return out
 
 
@@ -78,7 +80,9 @@ def main(o: PictureOptions) -> None:
     outs = {name: carry_out(name, o.out / f"{NAME}.runs", o.quick) for name in o.run}
     rows = [row for name, out in outs.items() for row in grids(name, out, o.out / NAME)]
     print(table(rows, ["run", "epoch", "reward", "path_kl", "file"]))
-    path = write(NAME, o, [*rows, *(evaluated(name, out) for name, out in outs.items())], began)
+    rows += [evaluated(name, out) for name, out in outs.items()]
+    runs = [json.loads(out.with_suffix(".json").read_text()) for out in outs.values()]
+    path = write(NAME, o, with_commits(rows, runs), began)
     print(f"-> {path}; drawn by paper_figures/sample_grids.py")
 
 

@@ -22,8 +22,8 @@ from typing import Any
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
-from benchmarks.peer import PROMPTS, Work, started
-from benchmarks.report import Row, kept, leave, number, over_seeds
+from benchmarks.peer import PINNED, PROMPTS, Work, started
+from benchmarks.report import Row, digest, kept, leave, number, over_seeds, with_commits
 from benchmarks.timing import ratio
 from scale import models, prompts, sd15, shapes
 from scale.diffusion import Prompts, Score, problem
@@ -95,11 +95,14 @@ class Job:
     updates: int
     images: int
     python: str
+    beside: int = 1
+    """Runs at a time, this one among them: its seconds depend on it."""
 
     @property
     def key(self) -> str:
         """Its file's name."""
-        return f"race-{self.side}-{self.steps}-{self.seed}-{self.lr:g}-{self.updates}-{self.images}"
+        made = digest(self, self.work, GAIN, JUDGED, EVERY, PROMPTS, PINNED, run, rewarded, paid)
+        return f"race-{self.side}-{self.steps}-{self.seed}-{made}"
 
     @property
     def work(self) -> Work:
@@ -117,14 +120,15 @@ def race(python: str, seeds: int, store: Path, jobs_at_once: int, tune: bool = F
     else:
         cases = product(range(seeds), STEPS, TAKEN)
         jobs = [Job(side, steps, seed, *TAKEN[side], IMAGES, where[side]) for seed, steps, side in cases]
-    runs = kept(run, jobs, store, jobs_at_once)
+    runs = kept(run, [replace(job, beside=jobs_at_once) for job in jobs], store, jobs_at_once)
     if tune:
-        return ends(runs, "tuning")
+        return with_commits(ends(runs, "tuning"), runs.values())
     looks: list[Row] = [
         {"panel": "looks", "case": f"{job.side}, N = {job.steps}", "seed": job.seed, **look}
         for job, r in runs.items() for look in r["looks"]
     ]  # fmt: skip
-    return ends(runs, "race") + [shorter(steps, runs) for steps in STEPS] + looks
+    rows = ends(runs, "race") + [shorter(steps, runs) for steps in STEPS] + looks
+    return with_commits(rows, runs.values())
 
 
 def ends(runs: dict[Job, Any], panel: str) -> list[Row]:

@@ -1,20 +1,29 @@
 """What every benchmark shares: its options, its results file, its table.
 
-A results file is JSON: {"name", "command", "seed", "versions", "device", "seconds", "rows": [flat records]}. The
-command is the shortest one that asks for the same run; where the file is written is no part of it. The seconds are
-those of the last time it was given, without runs that were kept from before.
+A results file is JSON: {"name", "command", "commit", "seed", "versions", "device", "seconds", "rows": [flat records]}.
+The command is the shortest one that asks for the same run; where the file is written is no part of it. The commit is
+that of the code, with "-dirty" where the code differs from it; rows from runs that were kept from another commit have a
+column `commit` of their own. The seconds are those of the last time it was given, without runs that were kept from
+before.
+
+A run is kept under a digest of what decides it (`digest`): its settings, the code and the versions of the packages.
+Where one of them has changed, the run is made anew.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import json
 import os
 import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from multiprocessing import get_context
 from pathlib import Path
@@ -27,9 +36,32 @@ from tqdm import tqdm
 
 from ctrl.fields import check_fields
 
-PACKAGES = ("ctrl-diffusion", "torch", "torchsde", "numpy", "scipy")
+PACKAGES = (
+    "ctrl-diffusion", "torch", "torchsde", "numpy", "scipy", "accelerate", "diffusers", "transformers", "peft",
+)  # fmt: skip
 Row = dict[str, str | int | float | bool | None]
 
+ROOT = Path(__file__).parents[1]
+CODE = ("ctrl", "toy", "scale")
+"""What every run is made by, with the weights of the embedded models."""
+
+
+def commit_of(checkout: Path) -> str | None:
+    """The commit of a git checkout, with "-dirty" where the code differs from it; None where there is none."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(checkout), *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        return f"{commit}-dirty" if git("status", "--porcelain", "--", *CODE, "benchmarks/*.py") else commit
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+COMMIT = commit_of(ROOT)
+"""As this process began, which is when it read the code."""
 
 LIMITS = {
     **dict.fromkeys(("seeds", "trajectories", "images", "jobs", "workers", "batch", "repeats", "threads"), ">= 1"),
@@ -97,7 +129,7 @@ def kept(
     work: Callable[..., Any], jobs: Sequence[Any], store: Path, workers: int, *, done: bool = False
 ) -> dict[Any, Any]:
     """What work(job, STORE) left in STORE/{job.key}.json for each job. Where the file is there it is not done again;
-    with `done` none is, and there must be some."""
+    with `done` none is, and there must be some. The key has the `digest` of what decides the run."""
     store.mkdir(parents=True, exist_ok=True)
     files = {job: store / f"{job.key}.json" for job in jobs}
     if done:
@@ -111,8 +143,37 @@ def those_there(files: dict[Any, Path], store: Path) -> dict[Any, Path]:
     """The files that exist."""
     there = {job: file for job, file in files.items() if file.exists()}
     if not there:
-        raise ValueError(f"done: there are no runs in {store} yet; leave --done out to make them")
+        raise ValueError(f"done: no runs with these options and this code in {store}; leave --done out to make them")
     return there
+
+
+def search(
+    jobs: Sequence[Any], carry_out: Callable[[Sequence[Any]], dict[Any, Any]], value: Callable[[Any], float],
+    factor: float, case: Callable[[Any], Any],
+) -> dict[Any, Any]:  # fmt: skip
+    """The runs of jobs at several learning rates (`job.lr`). Those of one case have one grid, whose best point is that
+    with the largest mean value; it is extended by `factor` until this lies inside."""
+    runs: dict[Any, Any] = {}
+    while jobs:
+        runs |= carry_out(jobs)
+        grids: dict[Any, dict[float, list[float]]] = {}
+        for job, run in runs.items():
+            grids.setdefault(case(job), {}).setdefault(job.lr, []).append(value(run))
+        wanted = {name: beyond({lr: mean(found) for lr, found in grid.items()}, factor) for name, grid in grids.items()}
+        new = {replace(job, lr=lr) for job in runs if (lr := wanted[case(job)]) is not None}
+        jobs = sorted(new, key=lambda job: job.key)
+    return runs
+
+
+def beyond(grid: Mapping[float, float], factor: float, most: int = 9) -> float | None:
+    """grid: point -> value. Where the largest value is at an edge, the next point there, `factor` further; None where
+    it lies inside. Raise where it is at an edge of `most` points."""
+    low, best, high = min(grid), max(grid, key=lambda at: grid[at]), max(grid)
+    if low < best < high:
+        return None
+    if len(grid) >= most:
+        raise ValueError(f"lr: of {len(grid)} from {low:g} to {high:g} the best is {best:g}, at the edge")
+    return float(f"{best * factor if best == high else best / factor:.3g}")
 
 
 def over_seeds(name: str, values: Sequence[float]) -> Row:
@@ -123,11 +184,46 @@ def over_seeds(name: str, values: Sequence[float]) -> Row:
     }
 
 
-def leave(row: Any, store: Path, key: str) -> None:
-    """STORE/{key}.json, in one move."""
+def leave(row: Mapping[str, Any], store: Path, key: str) -> None:
+    """STORE/{key}.json, with the commit it was made at, in one move."""
     part = store / f"{key}.part"
-    part.write_text(json.dumps(row))
+    part.write_text(json.dumps({**row, "commit": COMMIT}))
     os.replace(part, store / f"{key}.json")
+
+
+def digest(*what: Any) -> str:
+    """Eight digits that change with `what`, with the code and with the versions of the packages."""
+    text = json.dumps([what, code(), versions()], default=_described, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+@cache
+def code() -> str:
+    """sha256 of all files of CODE."""
+    found = hashlib.sha256()
+    files = (f for folder in CODE for f in (ROOT / folder).rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    for file in sorted(files):
+        found.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
+    return found.hexdigest()
+
+
+def _described(value: Any) -> Any:
+    """For JSON: a dataclass by its fields, a function or class by its source, else the class."""
+    if isinstance(value, Path):
+        return str(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__qualname__: {f.name: getattr(value, f.name) for f in fields(value)}}
+    try:
+        return inspect.getsource(value)
+    except (TypeError, OSError):  # it is an instance, or not written in Python
+        return getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def with_commits(rows: Sequence[Row], runs: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """The rows, which these runs were made into; with the commits that the runs were made at, where not all of them
+    were made at this one."""
+    made = sorted({str(run["commit"]) for run in runs})
+    return list(rows) if made == [str(COMMIT)] else [{**row, "commit": ", ".join(made)} for row in rows]
 
 
 def number(row: Row, name: str) -> float:
@@ -150,6 +246,7 @@ def command(name: str, options: Options) -> str:
     return " ".join(words)
 
 
+@cache
 def versions() -> dict[str, str]:
     """Of Python and of the packages that the numbers depend on; a package that is not installed is left out."""
     found = {"python": platform.python_version()}
@@ -172,6 +269,7 @@ def write(name: str, options: Options, rows: Sequence[Row], began: float, device
     head = {
         "name": name,
         "command": command(name, options),
+        "commit": COMMIT,
         "seed": options.seed,
         "versions": versions(),
         "device": device if device == "cpu" else torch.cuda.get_device_name(device),

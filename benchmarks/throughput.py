@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 from benchmarks.gpu import OUT_OF_MEMORY, gpu
 from benchmarks.peer import environment
 from benchmarks.race import peer, race
-from benchmarks.report import Options, Row, check_among, command_line, table, write
+from benchmarks.report import COMMIT, Options, Row, check_among, command_line, table, write
 from benchmarks.scaling import scaling
 from benchmarks.timing import Comparison, Passes, Profile, interleaved, patched
 from ctrl import DDIM, EulerMaruyama, NetworkCritic, Noise, ScoreAsAction, grids, rollout
@@ -305,8 +305,7 @@ def main(o: ThroughputOptions) -> None:
     began = time.perf_counter()
     torch.set_num_threads(o.threads)
     python = environment(o.peer_env) if o.peer_env else ""  # if it cannot be made, nothing is measured
-    file = o.out / f"{NAME}.json"
-    rows = json.loads(file.read_text())["rows"] if file.is_file() and not o.tune else []
+    rows = [] if o.tune else earlier(o)
     broken: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
@@ -320,6 +319,17 @@ def main(o: ThroughputOptions) -> None:
     print("->", written)
     if broken:
         raise ValueError(f"gpu: failed, for the reasons above: {'; '.join(broken)}")
+
+
+def earlier(o: ThroughputOptions) -> list[Row]:
+    """The rows of the file that is there, with the commit that they were measured at. Rows of --quick and others do not
+    share a file."""
+    file = o.out / f"{NAME}.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": [], "command": ""}
+    if ("--quick" in found["command"].split()) != o.quick:
+        return []
+    was = found.get("commit") or "unknown"
+    return [row if was == COMMIT else {**row, "commit": row.get("commit") or was} for row in found["rows"]]
 
 
 def others(rows: list[Row], found: list[Row]) -> list[Row]:

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from benchmarks.algorithms import METHODS, Job, carry_out, entry_of, gain, trained
 from benchmarks.moments import Case, Cost, by_quadrature, girsanov, objective, own_kl
-from benchmarks.report import Row, number
+from benchmarks.report import Row, number, with_commits
 from ctrl import (
     DDIM,
     Estimate,
@@ -312,8 +312,10 @@ def black_box(plan: Plan, steps: int = 20) -> Iterator[Row]:
         some = jobs[problem, method]
         yield refusal(problem, box, METHODS[method].settings.get("solver", Heun()), steps)
         regret, se = over_seeds([(number(runs[j], "regret"), number(runs[j], "regret_stderr")) for j in some])
-        yield {"panel": "black_box", "problem": problem, "solver": box, "steps": steps, "estimator": "actor-critic",
-               "seeds": len(some), "trajectories": plan.trajectories, "regret": regret, "regret_se": se}  # fmt: skip
+        row: Row = {"panel": "black_box", "problem": problem, "solver": box, "steps": steps,
+                    "estimator": "actor-critic", "seeds": len(some), "trajectories": plan.trajectories,
+                    "regret": regret, "regret_se": se}  # fmt: skip
+        yield from with_commits([row], [runs[j] for j in some])
 
 
 def refusal(problem: str, box: str, solver: Solver, steps: int) -> Row:

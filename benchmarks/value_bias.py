@@ -27,7 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.algorithms import Job, carry_out, entry_of, trained
-from benchmarks.report import Row, TrainingOptions, command_line, over_seeds, table, write
+from benchmarks.report import Row, TrainingOptions, command_line, over_seeds, table, with_commits, write
 from ctrl import Heun, Noise, grids, rollout
 from toy.catalogue import Entry
 from toy.gaussian import GaussianLaw
@@ -103,8 +103,8 @@ def main(options: TrainingOptions) -> None:
     etas, seeds, trajectories = (ETAS[:1], 1, 512) if options.quick else (ETAS, options.seeds, options.trajectories)
     jobs = [Job(at(eta), METHOD, STEPS, options.seed + seed, trajectories) for seed, eta in product(range(seeds), etas)]
     store = options.out / "algorithms.runs"
-    carry_out(jobs, store, options.jobs, options.done)
-    found = list(learned(jobs, store))
+    runs = carry_out(jobs, store, options.jobs, options.done)
+    found = with_commits(list(learned(jobs, store)), runs)
     print(table(found, [name for name in found[0] if name not in ("panel", "problem")]))
     path = write(NAME, options, [*exact(), *found], began)
     print(f"-> {path}; drawn by paper_figures/value_bias.py")

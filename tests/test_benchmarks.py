@@ -15,7 +15,7 @@ from toy import catalogue
 from toy.chain import chain_moments
 from toy.gaussian import GaussianDiffusion, QuadraticReward
 
-HEAD = ["name", "command", "seed", "versions", "device", "seconds", "rows"]
+HEAD = ["name", "command", "commit", "seed", "versions", "device", "seconds", "rows"]
 
 
 def read(folder, name):
