@@ -106,7 +106,8 @@ class Settings:
         max_grad_norm: gradients longer than this are shortened to it.
         ema: decay per optimiser step of the averaged policy; 0 keeps none.
         batch: trajectories simulated at a time, and nodes evaluated at a time, on a process.
-        micro_batch: nodes in one backward pass on a process; only memory and speed depend on it.
+        micro_batch: nodes in one backward pass on a process, through the policy, or through reference and critic to
+            the state; only memory and speed depend on it.
         seed: of everything that is drawn.
         out: folder for metrics.jsonl and checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; the last epoch always makes one.
@@ -355,19 +356,25 @@ class Run:
 
     # what an algorithm may ask for
 
-    def at_nodes(self, f: Callable[..., Tensor], batch: Batch, *beside: str, samples: int | None = None) -> Tensor:
+    def at_nodes(
+        self, f: Callable[..., Tensor], batch: Batch, *beside: str, samples: int | None = None, size: int | None = None
+    ) -> Tensor:
         """f(t, x, *fields, cond) at every node of a batch, (N+1, B, ...), without a graph; the fields are those named
-        in `beside`. samples: how many the batch has over all processes, if not an epoch's."""
+        in `beside`. samples: how many the batch has over all processes, if not an epoch's. size: nodes at a time, by
+        default `settings.batch`; `settings.micro_batch` where f itself differentiates a network."""
         t, x, ids = batch.trajectory.flat()
         self.counts["network_calls"] += (samples or self.settings.samples) * (batch.steps + 1)
         fields = [batch.fields[name].flatten(0, 1) for name in beside]
-        return self._evaluate(f, ids, t, x, *fields).unflatten(0, (batch.steps + 1, batch.samples))
+        values = self._evaluate(f, ids, t, x, *fields, size=size)
+        return values.unflatten(0, (batch.steps + 1, batch.samples))
 
-    def _evaluate(self, f: Callable[..., Tensor], ids: Tensor, t: Tensor, x: Tensor, *fields: Tensor) -> Tensor:
-        """f(t, x, *fields, cond), `settings.batch` at a time."""
-        parts = []
-        for i in range(0, len(t), self.settings.batch):
-            piece = slice(i, i + self.settings.batch)
+    def _evaluate(
+        self, f: Callable[..., Tensor], ids: Tensor, t: Tensor, x: Tensor, *fields: Tensor, size: int | None = None
+    ) -> Tensor:
+        """f(t, x, *fields, cond), `size` nodes at a time (`settings.batch`)."""
+        parts, size = [], size or self.settings.batch
+        for i in range(0, len(t), size):
+            piece = slice(i, i + size)
             with torch.no_grad(), self.accelerator.autocast():
                 given = (v[piece] for v in (t, x, *fields))
                 parts.append(f(*given, self.conditions(ids[piece])).to(x.dtype))
@@ -409,7 +416,8 @@ class Run:
         """`updates` hands of `size` nodes, counted over all processes, from a shuffled deck of what is in store; node
         numbers up to `last` (all). Yields this process's share of each.
 
-        label: what to lay beside the nodes; of many hands at once, so it may not depend on what the updates move.
+        label: what to lay beside the nodes; of many hands at once, so it may not depend on what the updates move. It
+            may differentiate a network: it is called with `settings.micro_batch` nodes at a time.
         """
         last, together = self.settings.steps if last is None else last, max(self.settings.batch // size, 1)
         for drawn, sizes in self.replay.deal(updates, size, 0, last, self._deck, together):
@@ -422,10 +430,10 @@ class Run:
         if label is None:
             return nodes
         self.counts["network_calls"] += size
-        parts = []
-        for i in range(0, len(nodes), self.settings.batch):
+        parts, micro = [], self.settings.micro_batch
+        for i in range(0, len(nodes), micro):
             with torch.no_grad(), self.accelerator.autocast():
-                parts.append(label(nodes.part(slice(i, i + self.settings.batch))))
+                parts.append(label(nodes.part(slice(i, i + micro))))
         names = parts[0] if parts else ()
         laid = {name: torch.cat([part[name] for part in parts]).to(nodes.x.dtype) for name in names}
         return replace(nodes, fields={**nodes.fields, **laid})

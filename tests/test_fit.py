@@ -20,7 +20,17 @@ from torch import nn
 
 import ctrl.algorithms
 from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl
-from ctrl.algorithms import DDPO, ActorCritic, Algorithm, PathConsistency
+from ctrl.algorithms import (
+    DDPO,
+    ActorCritic,
+    AdjointMatching,
+    Algorithm,
+    GaussianNetwork,
+    NextValue,
+    PathConsistency,
+    PPOPenalty,
+    QLearning,
+)
 from ctrl.fit import Settings, fit, linear_decay
 from ctrl.lock import FILE
 from toy import catalogue
@@ -267,8 +277,42 @@ class Labelled(Algorithm):
 def test_labels_lie_beside_their_nodes(name, batch, pieces):
     """However many hands are drawn and labelled at a time: never more nodes than `batch`, nor less than a hand."""
     seen = []
-    train(name, Labelled(seen), batch=batch, epochs=2)
+    train(name, Labelled(seen), batch=batch, micro_batch=batch, epochs=2)
     assert seen == 2 * pieces
+
+
+WITH_SLOPES = {
+    "actor-critic": ACTOR_CRITIC,
+    "actor-critic, its gradient as control": dataclasses.replace(ACTOR_CRITIC, critic_control=True),
+    "ppo": PPOPenalty(updates=2, nodes=64, evaluation=dataclasses.replace(ACTOR_CRITIC, actor_updates=0, keep=1)),
+    "q-learning": QLearning(critic_updates=2, q_updates=2, nodes=64),
+    "next-value": NextValue(nodes=64),
+    "lean adjoint": AdjointMatching(updates=2, nodes=64),
+    "adjoint": AdjointMatching(updates=2, nodes=64, lean=False),
+}
+
+
+@pytest.mark.parametrize("name", WITH_SLOPES)
+def test_gradients_in_the_state_are_taken_a_micro_batch_at_a_time(name, monkeypatch):
+    """Through the reference they hold a graph as large as an update's, so `batch` does not bound them."""
+    entry, sizes = catalogue.get("mixture-2d"), []
+
+    def reference(t, x, cond=None):
+        if torch.is_grad_enabled() and x.requires_grad:
+            sizes.append(len(x))
+        return entry.problem.reference(t, x, cond)
+
+    gamma = 0.1 if name == "q-learning" else 0.0
+    problem = dataclasses.replace(entry.problem, gamma=gamma, reference=reference)
+    torch.manual_seed(7)
+    policy = Policy(entry.problem, 16)
+    policy = GaussianNetwork(problem, policy) if name == "q-learning" else policy
+    critic = StructuredCritic(problem, Value(entry.problem, 16))
+    train(
+        algorithm=WITH_SLOPES[name], problem=problem, built=(policy, critic), epochs=2, batch=48, micro_batch=5,
+        solver=Multistep2(),
+    )  # fmt: skip
+    assert max(sizes) == 5
 
 
 class Alone:

@@ -73,7 +73,7 @@ class ActorCritic(Algorithm):
         """What the critic is to be at each node, (N+1, B)."""
         a, a_ref, a_old = (batch.fields[name] for name in ("a", "a_ref", "a_old"))
         if self.critic_control or not determined(run.problem):
-            p = run.at_nodes(run.critic.grad, batch)
+            p = run.at_nodes(run.critic.grad, batch, size=run.settings.micro_batch)
         else:
             t, _, _ = batch.trajectory.flat()
             p = policy_slope(run.problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(batch.trajectory.x.shape)

@@ -61,10 +61,10 @@ class AdjointMatching(Algorithm):
             run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, self.nodes)
 
     def adjoints(self, run: Run, batch: Batch) -> list[Tensor]:
-        """p at every node, (N+1, B, *D), and, when it was asked for that, the reference; `settings.batch` paths at a
-        time."""
+        """p at every node, (N+1, B, *D), and, when it was asked for that, the reference; `settings.micro_batch`
+        paths at a time: each holds the graph of a node."""
         parts = []
-        for b in torch.arange(batch.samples).split(run.settings.batch):
+        for b in torch.arange(batch.samples).split(run.settings.micro_batch):
             path = batch.take(b).trajectory
             path = replace(path, cond=run.conditions(path.ids))
             with run.accelerator.autocast():

@@ -107,7 +107,7 @@ class QLearning(Algorithm):
         assert path.a is not None
         a, mean, (t, _, ids) = path.a, run.at_nodes(policy, batch), path.flat()
         if self.critic_control:
-            p = run.at_nodes(run.critic.grad, batch)
+            p = run.at_nodes(run.critic.grad, batch, size=run.settings.micro_batch)
         else:
             p = policy_slope(problem, t, mean.flatten(0, 1), a_ref.flatten(0, 1)).view_as(path.x)
 
