@@ -23,12 +23,14 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ctrl.linop import broadcast
 from ctrl.noising import VPTable
@@ -38,6 +40,8 @@ from scale.rewards import Reward as PictureReward
 from scale.rewards import ask
 
 NO_PROMPT = Prompt("")
+DECODED = 512 * 512
+"""Pixels of the images that a VAE decodes at a time: one of Stable Diffusion's, whose graph takes 5.5 GiB."""
 
 
 @dataclass(frozen=True)
@@ -240,11 +244,14 @@ class Decoded:
     """r(latents, cond): a reward of images becomes one of latents. No module, so that a critic built around the reward
     does not take the VAE for its own.
 
+    Its gradient is taken piece by piece, as many images as are decoded at a time: each piece is decoded and rewarded
+    again, so that one piece's graph is in memory. The reward must give the same numbers again.
+
     Args:
         vae: the pipeline's; its weights are set not to be trained. None where states are pictures.
         reward: of images, prompts and their metadata: see `scale.rewards`.
         differentiable: whether the reward's gradient is to reach the latents, through the VAE.
-        chunk: images decoded at a time.
+        chunk: images rewarded at a time, without a gradient.
     """
 
     def __init__(
@@ -256,9 +263,18 @@ class Decoded:
     def __call__(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         """(B, C, H, W) -> (B,)."""
         prompts = [NO_PROMPT] * len(x) if cond is None else cond.prompts
-        with torch.set_grad_enabled(self.differentiable and torch.is_grad_enabled()):
-            pieces = [slice(i, i + self.chunk) for i in range(0, len(x), self.chunk)]
-            return torch.cat([ask(self.reward, self.images(x[p]), prompts[p]).to(x) for p in pieces])
+        gradient = self.differentiable and torch.is_grad_enabled() and x.requires_grad
+        size = self.chunk if self.vae is None or not gradient else images_at_a_time(self.vae, x)
+        pieces = [slice(i, i + size) for i in range(0, len(x), size)]
+        with torch.set_grad_enabled(gradient):
+            if gradient and self.vae is not None and len(pieces) > 1:
+                again = partial(checkpoint, self.rewarded, use_reentrant=False)
+                return torch.cat([again(x[p], prompts[p]) for p in pieces])
+            return torch.cat([self.rewarded(x[p], prompts[p]) for p in pieces])
+
+    def rewarded(self, x: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(n, C, H, W) -> (n,)."""
+        return ask(self.reward, self.images(x), prompts).to(x)
 
     def images(self, x: Tensor) -> Tensor:
         """(n, C, H, W) -> (n, 3, H', W') in [0, 1]."""
@@ -266,11 +282,20 @@ class Decoded:
 
 
 def pictures_of(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
-    """(n, C, H, W) latents, or pictures in [-1, 1] -> (n, 3, H', W') in [0, 1], as the pipeline shows them."""
+    """(n, C, H, W) latents, or pictures in [-1, 1] -> (n, 3, H', W') in [0, 1], as the pipeline shows them. The VAE
+    works in its own precision: in half of it, as in autocast, some have no finite images."""
     if vae is None:
         return (x / 2 + 0.5).clamp(0, 1)
-    latents = (x / vae.config.scaling_factor).to(vae.dtype)
-    return (vae.decode(latents, return_dict=False)[0].to(x.dtype) / 2 + 0.5).clamp(0, 1)
+    with torch.autocast(x.device.type, enabled=False):
+        latents = (x / vae.config.scaling_factor).to(vae.dtype)
+        parts = [vae.decode(part, return_dict=False)[0] for part in latents.split(images_at_a_time(vae, x))]
+        return (torch.cat(parts).to(x.dtype) / 2 + 0.5).clamp(0, 1)
+
+
+def images_at_a_time(vae: AutoencoderKL, x: Tensor) -> int:
+    """How many latents, (n, C, H, W), are decoded at a time."""
+    side = 2 ** (len(vae.config.block_out_channels) - 1)
+    return max(1, DECODED // (side**2 * x.shape[-2] * x.shape[-1]))
 
 
 class Tower(nn.Module):

@@ -4,7 +4,8 @@
 
 `reward_of` reads what a user writes: a name, `name=model` for another model than the usual one, `module:function`, and
 weighted sums of these, such as "pickscore + 0.1 * jpeg-compressibility". A larger number is better. A reward may say
-`differentiable = True`, if its gradient reaches the images, and `ceiling(prompts)`, the most that can be had.
+`differentiable = True`, if its gradient reaches the images, and `ceiling(prompts)`, the most that can be had. One with
+a gradient is called again when that is taken (`scale.diffusion.Decoded`), and must give the same numbers then.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -200,6 +201,59 @@ def test_rollout_draws_the_pipelines_images(folder: Path) -> None:
         images = reward.images(path.x[-1])
     torch.testing.assert_close(images, shown, rtol=0, atol=1e-4)
     torch.testing.assert_close(reward(path.x[-1], prompts(ids)), Brightness(True)(shown, PROMPTS), rtol=0, atol=1e-4)
+
+
+def test_images_are_decoded_outside_of_autocast(folder: Path) -> None:
+    """In the VAE's own precision: some VAEs overflow in half of it. Bit for bit, in a rollout's reward too."""
+    torch.set_default_dtype(torch.float32)
+    pipeline, x, seen = tiny(folder, torch.float32), torch.randn(3, 4, 8, 8), []
+
+    def look(images: Tensor, prompts: list[str], metadata: object) -> Tensor:
+        seen.append(images)
+        return images.mean((1, 2, 3))
+
+    reward = Decoded(pipeline.vae, look)
+    images = reward.images(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reward.images(x), images)
+        reward(x)
+    assert torch.equal(seen[0], images)
+
+
+def test_a_rewards_gradient_holds_the_graph_of_one_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is that of all images decoded at once. The VAE here makes images of 16 x 16, as many as fit in DECODED at a
+    time; what its middle makes of them is alive as long as their graph is."""
+    monkeypatch.setattr(scale.diffusion, "DECODED", 16 * 16, raising=False)
+    pipeline, alive, most = tiny(folder), list[weakref.ref[Tensor]](), [0]
+
+    def note(module: nn.Module, args: object, out: Tensor) -> None:
+        alive.append(weakref.ref(out))
+        most[0] = max(most[0], sum(len(v) for ref in alive if (v := ref()) is not None))
+
+    pipeline.vae.decoder.mid_block.register_forward_hook(note)
+    x = torch.randn(4, 4, 8, 8, requires_grad=True)
+    red = Decoded(pipeline.vae, Brightness(False), differentiable=True)(x)
+    (grad,) = torch.autograd.grad(red.sum(), x)
+    assert most[0] == 1
+    images = (pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    whole = images[:, 0].mean((1, 2))
+    torch.testing.assert_close(red, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(grad, torch.autograd.grad(whole.sum(), x)[0], rtol=1e-9, atol=1e-12)
+
+
+def test_images_are_decoded_as_many_at_a_time_as_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a gradient too, whatever is given at once; the reward sees them all."""
+    monkeypatch.setattr(scale.diffusion, "DECODED", 3 * 16 * 16, raising=False)
+    pipeline, sizes, seen = tiny(folder), list[int](), list[int]()
+
+    def look(images: Tensor, prompts: list[str], metadata: object) -> Tensor:
+        seen.append(len(images))
+        return images.mean((1, 2, 3))
+
+    pipeline.vae.decoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    with torch.no_grad():
+        Decoded(pipeline.vae, look)(torch.randn(7, 4, 8, 8))
+    assert sizes == [3, 3, 1] and seen == [7]
 
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
