@@ -21,7 +21,8 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -202,11 +203,13 @@ class Score(nn.Module):
 
 
 class WithoutAdapters(nn.Module):
-    """A UNet as it was before adapters were added."""
+    """A UNet as it was before adapters were added. If it checkpoints activations, it then does so by `checkpointed`."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.unet, self.config = unet, unet.config
+        if unet.is_gradient_checkpointing:
+            unet.enable_gradient_checkpointing(checkpointed)
 
     def forward(self, *args: Any, **options: Any) -> Any:
         self.unet.disable_adapters()
@@ -214,6 +217,26 @@ class WithoutAdapters(nn.Module):
             return self.unet(*args, **options)
         finally:
             self.unet.enable_adapters()
+
+
+def checkpointed(module: nn.Module, *args: Any) -> Any:
+    """module(*args), its activations computed again in the backward pass: then all adapters are on, and those that were
+    off in the forward pass must be off again."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    off = [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer) and layer.disable_adapters]
+    return checkpoint(module, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), _disabled(off)))
+
+
+@contextmanager
+def _disabled(layers: Sequence[Any]) -> Iterator[None]:
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def problem(reference: Score, reward: Reward, *, beta: float, eta: float = 1.0, gamma: float = 0.0) -> ScoreAsAction:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
+from torch import nn
 
 from ctrl.algorithms import KLBudget
+from ctrl.fit import fit
 from ctrl.lock import FILE
 from scale import make_tiny_sd, models, sd15, tuning
 from scale.evaluate import draw
@@ -50,10 +53,10 @@ def float32(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def short(folder, run, **changes):
+def short(model, run, **changes):
     """Two epochs of four pictures."""
     plain = {
-        "model": str(folder), "reward": "following-soft", "other_reward": "jpeg-compressibility",
+        "model": str(model), "reward": "following-soft", "other_reward": "jpeg-compressibility",
         "prompts": "shapes-doubtful-more", "eval_prompts": "shapes-doubtful", "epochs": 2, "samples": 4, "steps": 3,
         "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": run, "eval_samples": 4,
         "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,),
@@ -291,6 +294,48 @@ def test_adapters_on_two_processes_are_those_of_one(model, tmp_path):
         torch.testing.assert_close(run["weights"], one["weights"], rtol=1e-9, atol=1e-11)
         for x, y in zip(run["history"], one["history"], strict=True):
             assert list(x.values()) == pytest.approx(list(y.values()), rel=1e-9, abs=1e-11)
+
+
+UPDATES = {
+    "actor-critic": ("nodes=4", "critic_updates=1", "actor_updates=1"), "ddpo": ("nodes=4", "passes=1"),
+    "adjoint-matching": ("nodes=4", "updates=1"),
+}  # fmt: skip
+
+
+def gradients(folder, **changes):
+    """Of an update's loss in the trained weights, and of the reference's sum in x; adapters are not zero."""
+    s = short(model="embedded", run=folder, samples=2, steps=2, solver="ddim", critic="structured", **changes)
+    task = sd15.assemble(s, None, Accelerator())
+    for name, p in task.policy.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.1)
+    settings = dataclasses.replace(task.fit, epochs=1, out=None, progress=False)
+    fit(task.problem, task.policy, task.algorithm, critic=task.critic, conditions=task.conditions, settings=settings)
+    found = [p.grad for p in task.policy.parameters() if p.requires_grad]
+    t, x, cond = torch.tensor([0.3, 0.7]), torch.randn(2, 4, 8, 8).requires_grad_(), task.conditions(torch.arange(2))
+    return found, *torch.autograd.grad(task.problem.reference(t, x, cond).sum(), x)
+
+
+@pytest.mark.parametrize(
+    "lora, algorithm",
+    [
+        (2, "actor-critic"),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in product((2, 0), UPDATES)
+            if case != (2, "actor-critic")
+        ),
+    ],
+)
+def test_gradient_checkpointing_changes_nothing(tmp_path, lora, algorithm):
+    """Whether a gradient goes through the policy or through the reference, which is the policy's network with its
+    adapters off: the same operations, computed twice."""
+    given = {"lora": lora, "algorithm": algorithm, "options": UPDATES[algorithm]}
+    (plain, plain_x), (again, again_x) = (
+        gradients(tmp_path, gradient_checkpointing=checkpointing, **given) for checkpointing in (False, True)
+    )
+    assert sum(float(g.norm()) for g in plain) > 0 and plain_x.norm() > 0
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)) and torch.equal(plain_x, again_x)
 
 
 def test_a_reward_of_ones_own(model, tmp_path):
