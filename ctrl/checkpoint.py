@@ -6,6 +6,9 @@ all of them. It is written beside its final place, brought to disk and renamed, 
 that name that is not whole; what happens to one later, its manifest shows, and then the one before it serves. Nothing
 is unpickled but tensors and numbers. The last few are kept, and the best.
 
+Weights that are not trained are not written, neither the reference's nor frozen ones of a model that is trained: their
+digests are, and a run that is resumed must have the same.
+
 Whatever is drawn is keyed by (seed, epoch, sample), and the learning rate and a KL budget's beta are functions of the
 epochs so far, so none of these has a state to keep. The oldest batch in store is not written if the next epoch would
 push it out.
@@ -25,10 +28,11 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, has_offloaded_params
 from accelerate.utils import load as tensors_and_numbers
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file, load_model, save_file, save_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctrl.replay import Batch
@@ -38,7 +42,7 @@ from ctrl.stops import RunFailed
 if TYPE_CHECKING:
     from ctrl.fit import Run
 
-FORMAT = 2
+FORMAT = 3
 """Of the folder; another one is refused."""
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 _PATH = ("t", "x", "a", "xi", "w", "ids", "reward")
@@ -90,9 +94,9 @@ def check_room(run: Run) -> None:
     and the trajectories in store."""
     s = run.settings
     assert s.out is not None
-    weights = sum(v.nbytes for learner in run.learners.values() for v in learner.model.state_dict().values())
+    weights = sum(v.nbytes for learner in run.learners.values() for v in _moving(learner.model).values())
     moments = sum(2 * p.nbytes for learner in run.learners.values() for p in learner.trained)
-    average = 0 if run.ema is None else sum(v.nbytes for v in run.ema.state_dict().values())
+    average = sum(v.nbytes for v in _average(run).values())
     state = math.prod(run.problem.shape) * torch.get_default_dtype().itemsize
     kept = (run.algorithm.keep - 1) * s.samples * (s.steps + 1) * 7 * state  # x, a, xi and four fields
     need = weights + moments + average + kept
@@ -150,15 +154,39 @@ def _begin(part: Path) -> None:
 
 def _write(run: Run, part: Path) -> None:
     """Every process's files."""
-    run.accelerator.save_state(str(part))
+    hook = run.accelerator.register_save_state_pre_hook(_leave_out_frozen)
+    try:
+        run.accelerator.save_state(str(part))
+    finally:
+        hook.remove()
     kept = run.replay.batches[max(0, len(run.replay.batches) - run.algorithm.keep + 1) :]
     tensors = {f"{i}.{name}": v for i, batch in enumerate(kept) for name, v in _tensors(batch).items()}
     save_file(_apart(tensors), part / f"replay-{run.replay.rank}.safetensors")
     if run.accelerator.is_main_process:
         if run.ema is not None:
-            save_model(run.ema, str(part / "ema.safetensors"))
+            average = {name: v.contiguous() for name, v in _average(run).items()}
+            save_file(_apart(average), part / "ema.safetensors")
         progress = {"epoch": run.epoch, "counts": run.counts, "strikes": run.strikes, "must_agree": _must_agree(run)}
         (part / PROGRESS).write_text(json.dumps(progress))
+
+
+def _moving(model: nn.Module) -> dict[str, Tensor]:
+    """What training moves of a model's state: trained weights, and buffers."""
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {name: v for name, v in model.state_dict().items() if name not in frozen}
+
+
+def _average(run: Run) -> dict[str, Tensor]:
+    """The same of the averaged policy, if there is one."""
+    if run.ema is None:
+        return {}
+    state = run.ema.state_dict()
+    return {name: state[name] for name in _moving(run.policy)}
+
+
+def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
+    """A hook of accelerate's `save_state`: `weights` are the states it is about to write."""
+    weights[:] = [_moving(model) for model in models]
 
 
 def _seal(run: Run, part: Path, final: Path) -> None:
@@ -267,7 +295,7 @@ def _load(run: Run, folder: Path) -> None:
     states = folder / f"random_states_{run.replay.rank}.pkl"
     try:
         tensors_and_numbers(states)  # accelerate would go on without them
-        run.accelerator.load_state(str(folder))
+        run.accelerator.load_state(str(folder), strict=False)  # frozen weights are not in it
     except (UnpicklingError, RuntimeError, EOFError) as wrong:
         raise ValueError(f"{folder} cannot be loaded: {wrong}") from wrong
     run.epoch = run.kept = progress["epoch"]
@@ -279,7 +307,7 @@ def _load(run: Run, folder: Path) -> None:
         for i in range(slots)
     ]
     if run.ema is not None:
-        load_model(run.ema, folder / "ema.safetensors")
+        run.ema.load_state_dict(load_file(folder / "ema.safetensors"), strict=False)
 
 
 def _must_agree(run: Run) -> dict[str, Any]:
@@ -289,26 +317,42 @@ def _must_agree(run: Run) -> dict[str, Any]:
         "format": FORMAT, "processes": run.replay.world, "samples": s.samples, "steps": s.steps, "seed": s.seed,
         "ema": s.ema, "algorithm": type(run.algorithm).__name__, "learners": sorted(run.learners),
         "shapes": {name: _shapes(learner.model) for name, learner in run.learners.items()},
-        "reference": run.reference_id,
+        **run.fixed,
     }  # fmt: skip
 
 
 def _shapes(model: nn.Module) -> str:
-    """A digest of the names, shapes and dtypes of a model's tensors."""
-    text = json.dumps([(name, list(v.shape), str(v.dtype)) for name, v in model.state_dict().items()])
+    """A digest of the names, shapes and dtypes of a model's tensors, and of which of them are written."""
+    moving = _moving(model)
+    text = json.dumps([(name, list(v.shape), str(v.dtype), name in moving) for name, v in model.state_dict().items()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def fixed(run: Run) -> dict[str, str]:
+    """Digests of the weights that no checkpoint holds, by the words for them in messages."""
+    frozen = {
+        f"frozen weights of {name}": _digest({n: p for n, p in learner.model.named_parameters() if not p.requires_grad})
+        for name, learner in run.learners.items()
+    }
+    return {"reference": identity(getattr(run.problem, "reference", None)), **frozen}
+
+
 def identity(model: Any) -> str:
-    """A digest of what a model holds and is not trained, bit by bit; of anything else, its type."""
+    """A digest of what a model holds and is not trained, wherever it lies; of anything else, its type."""
     if not isinstance(model, nn.Module):
         return type(model).__name__
-    found = hashlib.sha256()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    for name, v in model.state_dict().items():
-        if name not in trained and not v.is_meta:  # offloaded weights are elsewhere
-            found.update(name.encode())
-            found.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    offloaded = any(has_offloaded_params(module) for module in model.modules())
+    held = get_state_dict_offloaded_model(model) if offloaded else model.state_dict()
+    return _digest({name: v for name, v in held.items() if name not in trained})
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of tensors, bit by bit, and their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
 
 

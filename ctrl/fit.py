@@ -234,7 +234,8 @@ class Run:
         for name, (model, lr) in others.items():  # what is exact, or given, is no module, and learns nothing
             if isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()):
                 self.learners[name] = self._learner(model, lr)
-        self.ema = copy.deepcopy(policy).requires_grad_(False) if settings.ema else None
+        frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}  # the average shares them
+        self.ema = copy.deepcopy(policy, frozen).requires_grad_(False) if settings.ema else None
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
         self.epoch = self.kept = 0
         # a network call is policy, reference or critic at one node; an optimiser step counts each of its nodes once
@@ -246,9 +247,9 @@ class Run:
         self._deck = torch.Generator()
 
     @cached_property
-    def reference_id(self) -> str:
-        """Which reference this is."""
-        return checkpoint.identity(getattr(self.problem, "reference", None))
+    def fixed(self) -> dict[str, str]:
+        """Digests of what training does not move."""
+        return checkpoint.fixed(self)
 
     def _learner(self, model: nn.Module, lr: float) -> Learner:
         trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
@@ -473,7 +474,8 @@ class Run:
         self.strikes[name] = 0
         if name == "policy" and self.ema is not None:
             for average, p in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
-                average.data.lerp_(p.data, 1 - self.settings.ema)
+                if p.requires_grad:
+                    average.data.lerp_(p.data, 1 - self.settings.ema)
         self.log(f"{name}_loss", total)
         self.log(f"{name}_grad_norm", norm)
 

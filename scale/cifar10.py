@@ -409,7 +409,7 @@ def export(o: tuning.Export) -> Path:
     if s.reward == ENERGY and o.epoch is None:  # epochs have different rewards, and none is the best
         o = dataclasses.replace(o, epoch=max(tuning.epochs_of(o.run), default=None))
     folder, pipeline = tuning.chosen(o, s.beta), pipeline_of(s, torch.device("cpu"))
-    pipeline.unet.load_state_dict(tuning.unet_weights(folder))
+    tuning.restore(pipeline.unet, folder)
     save(dataclasses.replace(s, out=o.run), pipeline)
     print(f"{folder.name} -> {o.run / 'pipeline'}")
     return folder

@@ -320,7 +320,7 @@ def export(o: Export) -> Path:
     """Write RUN/pipeline, or RUN/lora, from a checkpoint."""
     s = tuning.settings_of_run(Settings, o.run)
     folder, pipeline = tuning.chosen(o, s.beta), pipeline_of(s, torch.device("cpu"))
-    pipeline.unet.load_state_dict(tuning.unet_weights(folder))
+    tuning.restore(pipeline.unet, folder)
     save(dataclasses.replace(s, out=o.run), pipeline)
     print(f"{folder.name} -> {o.run / ('lora' if s.lora else 'pipeline')}")
     return folder

@@ -229,11 +229,11 @@ def needs(s: Tuning, *, weights: int, trained: int, reference: int, calls: int, 
     """
     bytes_of = {
         "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
-        "untuned weights": 4 * reference, "average": 4 * weights if s.ema else 0,
+        "untuned weights": 4 * reference, "average": 4 * trained if s.ema else 0,
     }  # fmt: skip
     memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in bytes_of.items() if size)
     drawing = s.samples * s.steps * SOLVERS.get(s.solver, SOLVERS["ddim"])().calls * calls
-    disk = (bytes_of["weights"] + bytes_of["optimiser"] + bytes_of["average"]) * (s.keep_checkpoints + 2)
+    disk = (4 * trained + bytes_of["optimiser"] + bytes_of["average"]) * (s.keep_checkpoints + 2)
     return (
         f"# memory: {memory}; {sum(bytes_of.values()) / 2**30:.2f} GiB. Besides: activations of {s.micro_batch} nodes, "
         f"{besides} and the trajectories in store\n"
@@ -449,6 +449,14 @@ def chosen(o: Export, beta: float) -> Path:
     if fault := checkpoint.broken(folder):
         raise ValueError(f"epoch: {folder} is not whole: {fault}")
     return folder
+
+
+def restore(unet: ModelMixin, folder: Path) -> None:
+    """Give the UNet the weights of a checkpoint, which has those that are trained."""
+    missing, unexpected = unet.load_state_dict(unet_weights(folder), strict=False)
+    lost = {name for name, p in unet.named_parameters() if p.requires_grad} & set(missing)
+    if lost or unexpected:
+        raise ValueError(f"epoch: {folder} is of another model: {min([*lost, *unexpected])} is not in both")
 
 
 def unet_weights(folder: Path) -> dict[str, Tensor]:

@@ -10,8 +10,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, cpu_offload
+from safetensors.torch import load_file
 from test_fit import ACTOR_CRITIC, Untouched, fresh_engine, interrupted, models, stop, train  # noqa: F401
+from torch import nn
 
 from ctrl import Multistep2, checkpoint
 from ctrl.algorithms import DDPO, ActorCritic, KLBudget
@@ -262,6 +264,60 @@ def test_the_identity_of_a_reference_is_its_weights():
         next(second.parameters()).view(-1)[0] += 1e-15
     assert checkpoint.identity(first) != checkpoint.identity(second)
     assert checkpoint.identity(catalogue.get("mixture-2d").problem.reference) != ""
+
+
+def test_the_identity_of_a_reference_is_not_where_it_lies():
+    """Weights that are offloaded count too."""
+
+    def made(bias):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).requires_grad_(False)
+        model[0].bias += bias
+        return model
+
+    here, away, other = made(0), made(0), made(1e-15)
+    for model in (away, other):
+        cpu_offload(model, execution_device=torch.device("cpu"))
+        assert model[0].weight.is_meta
+    assert checkpoint.identity(here) == checkpoint.identity(away) != checkpoint.identity(other)
+
+
+class Counting(nn.Module):
+    """A policy whose first layer is not trained, and that counts its calls in a buffer."""
+
+    def __init__(self, init=7, frozen=7):
+        super().__init__()
+        self.policy, first = models(init=init)[0], models(init=frozen)[0].network.layers[0]
+        self.policy.network.layers[0].load_state_dict(first.state_dict())
+        self.policy.network.layers[0].requires_grad_(False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, t, x, cond=None):
+        self.calls += 1
+        return self.policy(t, x, cond)
+
+
+def test_what_is_not_trained_is_not_written(tmp_path):
+    """A checkpoint holds trained weights and buffers, of the policy and of its average, and takes as much room as was
+    asked for; a run goes on from it, if what is not trained is the same."""
+    case = {"epochs": 4, "ema": 0.9}
+
+    def built(*given):
+        return Counting(*given), models()[1]
+
+    whole = train(built=built(), **case)
+    with pytest.raises(KeyboardInterrupt):
+        train(built=built(), callbacks=[stop(3)], out=tmp_path, checkpoint_every=2, **case)
+    folder = checkpoint.newest(tmp_path)
+    trained = [name for name, p in Counting().named_parameters() if p.requires_grad]
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert {*load_file(folder / file)} == {*trained, "calls"}
+    with pytest.raises(ValueError, match=r"was written with frozen weights of policy = \w+, this run has"):
+        train(built=built(7, 8), out=tmp_path, resume=True, **case)
+    resumed = train(built=built(8, 7), out=tmp_path, resume=True, **case)
+    same_run(resumed, whole, tmp_path)
+    assert resumed.result.policy.calls == whole.result.policy.calls > 0
+    assert resumed.result.ema.policy.network.layers[0].weight is resumed.result.policy.policy.network.layers[0].weight
 
 
 def test_every_random_state_comes_back(tmp_path):

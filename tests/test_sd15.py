@@ -4,6 +4,7 @@ import dataclasses
 import html.parser
 import json
 import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -231,6 +232,22 @@ def test_adapters_alone_are_trained_and_kept(model, tmp_path):
     assert not torch.allclose(plain.images, tuned.images, atol=1e-4)
     again = evaluate_run(Evaluate(tmp_path / "run", out=tmp_path))
     assert again.gain == pytest.approx(found.evaluation.gain, abs=1e-5)
+
+
+def test_a_stopped_run_with_adapters_goes_on(model, tmp_path):
+    """To the same end as one that was not stopped, from a checkpoint of the adapters, their moments and their average,
+    which can be exported."""
+    given = short(model, tmp_path / "run", lora=2, ema=0.5, checkpoint_every=1, eval_steps=(), log_with="none")
+    whole = train(given).pipeline.unet.state_dict()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-000002")
+    again = train(dataclasses.replace(given, resume=True)).pipeline.unet
+    trained = {f"unet.{name}": p for name, p in again.named_parameters() if p.requires_grad}
+    assert all(torch.equal(whole[name.removeprefix("unet.")], p) for name, p in trained.items())
+    folder = export(Export(tmp_path / "run", epoch=1))
+    held = [load_file(folder / file) for file in ("model.safetensors", "ema.safetensors")]
+    assert {*held[0]} == {*held[1]} == {*trained}
+    exported = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")
+    assert sorted(float(v.norm()) for v in exported.values()) == sorted(float(v.norm()) for v in held[1].values())
 
 
 def first_weights(model, tmp_path, **changes):

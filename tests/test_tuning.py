@@ -235,6 +235,24 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
         tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)
 
 
+def test_a_checkpoint_of_a_part_is_enough_if_it_is_what_is_trained(tmp_path):
+    unet = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 1))
+    file, ours = tmp_path / "model.safetensors", {f"unet.{name}": v + 1 for name, v in unet[1:].state_dict().items()}
+    save_file(ours, file)
+    tuning.restore(unet, tmp_path)
+    assert all(torch.equal(v, ours[f"unet.{name}"]) for name, v in unet[1:].state_dict().items())
+    for wrong in ({"unet.1.weight": torch.zeros(1, 2)}, {**ours, "unet.2.weight": torch.zeros(1)}):
+        save_file(wrong, file)
+        with pytest.raises(ValueError, match=r"is of another model: (1\.bias|2\.weight) is not in both"):
+            tuning.restore(unet, tmp_path)
+
+
+def test_room_is_asked_for_what_is_trained():
+    """Four bytes a weight, eight for its moments, four for its average; two checkpoints, the best, and the next."""
+    said = tuning.needs(Mine(ema=0.5), weights=2**33, trained=2**28, reference=0, calls=1, besides="")
+    assert "weights 32.00 GiB" in said and "average 1.00 GiB" in said and "disk: 16.00 GiB" in said
+
+
 def test_an_error_of_a_users_is_a_line(monkeypatch):
     def wrong(arguments):
         raise ValueError(f"{arguments} will not do")
