@@ -36,7 +36,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ctrl.replay import Batch
-from ctrl.rollout import Trajectory
 from ctrl.stops import RunFailed
 
 if TYPE_CHECKING:
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
 FORMAT = 3
 """Of the folder; another one is refused."""
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
-_PATH = ("t", "x", "a", "xi", "w", "ids", "reward")
 
 
 def folders(out: Path) -> list[Path]:
@@ -160,7 +158,7 @@ def _write(run: Run, part: Path) -> None:
     finally:
         hook.remove()
     kept = run.replay.batches[max(0, len(run.replay.batches) - run.algorithm.keep + 1) :]
-    tensors = {f"{i}.{name}": v for i, batch in enumerate(kept) for name, v in _tensors(batch).items()}
+    tensors = {f"{i}.{name}": v.contiguous() for i, batch in enumerate(kept) for name, v in batch.tensors.items()}
     save_file(_apart(tensors), part / f"replay-{run.replay.rank}.safetensors")
     if run.accelerator.is_main_process:
         if run.ema is not None:
@@ -303,9 +301,9 @@ def _load(run: Run, folder: Path) -> None:
     stored = load_file(folder / f"replay-{run.replay.rank}.safetensors")
     slots = 1 + max((int(name.partition(".")[0]) for name in stored), default=-1)
     run.replay.batches = [
-        _batch({n.partition(".")[2]: v.to(run.accelerator.device) for n, v in stored.items() if n.startswith(f"{i}.")})
-        for i in range(slots)
+        Batch.of({n.partition(".")[2]: v for n, v in stored.items() if n.startswith(f"{i}.")}) for i in range(slots)
     ]
+    run.replay.place(run.accelerator.device)
     if run.ema is not None:
         run.ema.load_state_dict(load_file(folder / "ema.safetensors"), strict=False)
 
@@ -354,18 +352,6 @@ def _digest(tensors: dict[str, Tensor]) -> str:
         found.update(name.encode())
         found.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    path = {name: getattr(batch.trajectory, name) for name in _PATH}
-    tensors = {**path, **{f"at.{name}": v for name, v in batch.fields.items()}}
-    return {name: v.contiguous() for name, v in tensors.items() if v is not None}
-
-
-def _batch(tensors: dict[str, Tensor]) -> Batch:
-    path = {name: tensors.get(name) for name in _PATH}
-    fields = {name.removeprefix("at."): v for name, v in tensors.items() if name.startswith("at.")}
-    return Batch(Trajectory(**path, cond=None), fields)  # type: ignore[arg-type]
 
 
 def _truncate(run: Run) -> None:

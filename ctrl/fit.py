@@ -377,8 +377,8 @@ class Run:
         for i in range(0, len(t), size):
             piece = slice(i, i + size)
             with torch.no_grad(), self.accelerator.autocast():
-                given = (v[piece] for v in (t, x, *fields))
-                parts.append(f(*given, self.conditions(ids[piece])).to(x.dtype))
+                at, *given = (v[piece].to(self.accelerator.device) for v in (ids, t, x, *fields))
+                parts.append(f(*given, self.conditions(at)).to(x.dtype))
         return torch.cat(parts)
 
     def lay_actions(self, a_ref: Tensor | None = None) -> None:
@@ -442,7 +442,12 @@ class Run:
     def deal_paths(self, updates: int, size: int) -> Iterator[Batch]:
         """`updates` hands of `size` whole trajectories, counted over all processes, each hand from one epoch, from a
         shuffled deck of what is in store. Yields this process's share of each."""
-        return self.replay.deal_paths(updates, size, self._deck)
+        return map(self.here, self.replay.deal_paths(updates, size, self._deck))
+
+    def here(self, batch: Batch) -> Batch:
+        """A batch on this process's device, whole: to compute with at all of its nodes; `lay` what comes of it beside
+        the batch itself."""
+        return batch.to(self.accelerator.device)
 
     def _ready(self, nodes: Nodes) -> Nodes:
         nodes = nodes.each(lambda v: v.to(self.accelerator.device, non_blocking=True))

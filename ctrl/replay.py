@@ -16,6 +16,10 @@ from torch import Tensor
 from ctrl.grids import node_weights
 from ctrl.rollout import NotFinite, Trajectory
 
+ON_DEVICE = 2**30
+"""Bytes of trajectories that may stay on an accelerator; older epochs are in host memory, and their nodes travel when
+they are used."""
+
 
 @dataclass(frozen=True)
 class Nodes:
@@ -73,6 +77,24 @@ class Batch:
         """B."""
         return len(self.trajectory.ids)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that are there; those beside the nodes as at.NAME."""
+        path = {name: getattr(self.trajectory, name) for name in ("t", "x", "a", "xi", "w", "ids", "reward")}
+        beside = {f"at.{name}": v for name, v in self.fields.items()}
+        return {name: v for name, v in (path | beside).items() if v is not None}
+
+    @staticmethod
+    def of(tensors: Mapping[str, Tensor]) -> Batch:
+        """From what `tensors` gave."""
+        fields = {name.removeprefix("at."): v for name, v in tensors.items() if name.startswith("at.")}
+        path = {"a": None, "xi": None, **{name: v for name, v in tensors.items() if not name.startswith("at.")}}
+        return Batch(Trajectory(**path), fields)  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same there, without its condition."""
+        return Batch.of({name: v.to(device) for name, v in self.tensors.items()})
+
     def lay(self, name: str, value: Tensor) -> None:
         """Put value, (N+1, B, ...) or (N, B, ...), beside the nodes; the last node of the latter is zero."""
         if len(value) == self.steps:
@@ -82,7 +104,7 @@ class Batch:
                 f"{name} must be given at the nodes, shape ({self.steps + 1}, {self.samples}, ...), "
                 f"got {tuple(value.shape)}"
             )
-        self.fields[name] = value
+        self.fields[name] = value.to(self.trajectory.x.device)
 
     def integrate(self, value: Tensor) -> Tensor:
         """The integral along each trajectory of what is given at the nodes, (N+1, B) -> (B,)."""
@@ -128,6 +150,16 @@ class Replay:
     def add(self, batch: Batch, keep: int) -> None:
         """Append a batch, and forget all but the last `keep`."""
         self.batches = [*self.batches, batch][-keep:]
+        self.place(batch.trajectory.x.device)
+
+    def place(self, device: torch.device) -> None:
+        """The newest batch on the device, older ones too while all of them have at most ON_DEVICE bytes, the rest in
+        host memory."""
+        size = 0
+        for i in reversed(range(len(self.batches))):
+            size += sum(v.nbytes for v in self.batches[i].tensors.values())
+            newest = i == len(self.batches) - 1
+            self.batches[i] = self.batches[i].to(device if newest or size <= ON_DEVICE else "cpu")
 
     def deal(
         self, updates: int, size: int, first: int, last: int, generator: torch.Generator, together: int = 1
@@ -167,8 +199,10 @@ class Replay:
         """Nodes k of samples of this process, counted through all batches."""
         slot, b = sample // self.samples, sample % self.samples // self.world
         places = [(slot == i).nonzero()[:, 0] for i in range(len(self.batches))]
-        nodes = concatenate([batch.gather(k[at], b[at]) for batch, at in zip(self.batches, places, strict=True)])
-        order = torch.cat(places).argsort().to(nodes.k.device)
+        here = self.batches[-1].trajectory.x.device
+        parts = [batch.gather(k[at], b[at]) for batch, at in zip(self.batches, places, strict=True)]
+        nodes = concatenate([part.each(lambda v: v.to(here)) for part in parts])
+        order = torch.cat(places).argsort().to(here)
         return nodes.each(lambda v: v[order])
 
 

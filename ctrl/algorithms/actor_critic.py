@@ -64,7 +64,7 @@ class ActorCritic(Algorithm):
         for batch in older:
             batch.lay("a", run.at_nodes(run.policy, batch))
         for batch in run.replay.batches:
-            batch.lay("target", self.targets(run, batch))
+            batch.lay("target", self.targets(run, run.here(batch)))
         for nodes in run.deal(self.critic_updates, self.nodes):
             run.update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
         improve(run, self.actor_updates, self.nodes, self.nats)

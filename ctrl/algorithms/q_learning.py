@@ -103,11 +103,12 @@ class QLearning(Algorithm):
     def spent(self, run: Run, policy: GaussianNetwork, batch: Batch) -> Tensor:
         """The integral of e^{-rho t} [(c + q) dt + <p, S dW>] over each step, (N, B), its action held. Beside the left
         nodes go the action, q(t_k, X_k, a_k), and dt times the number of steps."""
-        problem, path, a_ref = run.problem, batch.trajectory, batch.fields["a_ref"]
+        problem, here = run.problem, run.here(batch)
+        path, a_ref = here.trajectory, here.fields["a_ref"]
         assert path.a is not None
-        a, mean, (t, _, ids) = path.a, run.at_nodes(policy, batch), path.flat()
+        a, mean, (t, _, ids) = path.a, run.at_nodes(policy, here), path.flat()
         if self.critic_control:
-            p = run.at_nodes(run.critic.grad, batch, size=run.settings.micro_batch)
+            p = run.at_nodes(run.critic.grad, here, size=run.settings.micro_batch)
         else:
             p = policy_slope(problem, t, mean.flatten(0, 1), a_ref.flatten(0, 1)).view_as(path.x)
 
@@ -129,10 +130,11 @@ class QLearning(Algorithm):
     def lay_targets(self, run: Run, spent: list[Tensor]) -> None:
         """What V and q are to be, of all that is in store."""
         for batch, steps in zip(run.replay.batches, spent, strict=True):
-            path, value = batch.trajectory, run.at_nodes(run.critic.value_beside, batch, "a_ref")
+            here = run.here(batch)
+            path, value = here.trajectory, run.at_nodes(run.critic.value_beside, here, "a_ref")
             batch.lay("target", targets(run.problem, path, value, steps, self.trace))
             e = (targets(run.problem, path, value, steps, math.inf) - value)[:-1]
-            batch.lay("y", batch.fields["q"][:-1] + e / path.t.diff().to(e)[:, None])
+            batch.lay("y", here.fields["q"][:-1] + e / path.t.diff().to(e)[:, None])
 
     def behaviour(self, policy: Mean) -> GaussianPolicy:
         return GaussianPolicy(policy, _network(policy).root)
