@@ -14,6 +14,7 @@ numbers is left out, and kept for inspection (`ctrl.guards`); a reward that fail
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
 import os
@@ -227,6 +228,9 @@ class Run:
         self.problem, self.algorithm, self.settings, self.accelerator = problem, algorithm, settings, accelerator
         self.conditions = conditions or (lambda ids: None)
         self.policy, self._critic = policy, critic
+        for model in (problem, policy, critic, *(v for _, v in inspect.getmembers_static(problem))):
+            if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()):  # offloaded ones stay
+                model.to(accelerator.device)
         self.learners = {"policy": self._learner(policy, settings.lr)}
         others: dict[str, tuple[Any, float]] = {
             "critic": (critic, settings.critic_lr), "reward": (problem.reward, settings.reward_lr),
@@ -258,7 +262,6 @@ class Run:
                 f"policy has nothing to train: it must be a torch.nn.Module with parameters that require a gradient, "
                 f"got {type(model).__name__}"
             )
-        model.to(self.accelerator.device)
         self.accelerator.prepare_model(model, evaluation_mode=True)
         return Learner(model, self.accelerator.prepare_optimizer(self.settings.optimizer(trained, lr=lr)), lr)
 
@@ -574,7 +577,8 @@ def fit(
     """Train a policy.
 
     Args:
-        policy: mean(t, x, cond) -> (B, *D) as a module; it is trained in place.
+        policy: mean(t, x, cond) -> (B, *D) as a module; it is trained in place. It, the critic and every module that
+            is an attribute of the problem are moved to the accelerator's device, unless their weights are offloaded.
         critic: learned or exact; see the algorithm.
         conditions: (n,) sample ids -> cond, anything that policy, reference and reward understand and `cond[index]`
             can pick from.

@@ -300,8 +300,8 @@ class Decoded:
         return ask(self.reward, self.images(x), prompts).to(x)
 
     def images(self, x: Tensor) -> Tensor:
-        """(n, C, H, W) -> (n, 3, H', W') in [0, 1]."""
-        return pictures_of(self.vae, x)
+        """(n, C, H, W) -> (n, 3, H', W') in [0, 1]; the VAE follows the latents to their device."""
+        return pictures_of(self.vae if self.vae is None else self.vae.to(x.device), x)
 
 
 def pictures_of(vae: AutoencoderKL | None, x: Tensor) -> Tensor:

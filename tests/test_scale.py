@@ -93,8 +93,8 @@ class Brightness:
     def __call__(self, images: Tensor, prompts: list[str], metadata: object = None) -> Tensor:
         assert images.shape[1:] == (3, 16, 16)
         assert bool(((images >= 0) & (images <= 1)).all())
-        red = images[:, 0].mean((1, 2)) + torch.tensor([float(len(p)) for p in prompts])
-        return torch.from_numpy(red.numpy()) if self.black_box else red
+        red = images[:, 0].mean((1, 2)) + images.new_tensor([float(len(p)) for p in prompts])
+        return torch.from_numpy(red.cpu().numpy()) if self.black_box else red
 
 
 def settings(**changes: object) -> Settings:
@@ -333,7 +333,7 @@ def test_a_black_box_is_learned_from(pipeline: StableDiffusionPipeline, name: st
             fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=dataclasses.replace(plan, **wrong))
     (metrics,) = fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=plan).history
     assert "kl" not in metrics and math.isfinite(metrics["reward"])
-    assert any(not torch.equal(p, q) for p, q in zip(policy.parameters(), before, strict=True))
+    assert any(not torch.equal(p.cpu(), q) for p, q in zip(policy.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize("name", [*REFUSED, "plms2"])
@@ -439,11 +439,11 @@ def test_an_epoch(pipeline: StableDiffusionPipeline, name: str) -> None:
     assert all(torch.isfinite(torch.tensor(float(v))) for v in metrics.values())
     assert metrics["kl"] == 0 and metrics["policy_grad_norm"] > 0
     assert found["reward"].std() > 0.1
-    torch.testing.assert_close(torch.tensor(metrics["reward"]), found["reward"].mean())
+    torch.testing.assert_close(torch.tensor(metrics["reward"]), found["reward"].mean().cpu())
     for module, old in zip(frozen, before, strict=False):
-        assert all(torch.equal(v, old[k]) for k, v in module.state_dict().items())
+        assert all(torch.equal(v.cpu(), old[k]) for k, v in module.state_dict().items())
         assert module is pipeline.text_encoder or not any(p.requires_grad for p in module.parameters())
-    assert all(not torch.equal(v, before[-1][k]) for k, v in policy.state_dict().items())
+    assert all(not torch.equal(v.cpu(), before[-1][k]) for k, v in policy.state_dict().items())
 
 
 def test_black_box_needs_a_stand_in(pipeline: StableDiffusionPipeline) -> None:
@@ -506,7 +506,7 @@ def test_the_trained_unet_goes_back_into_the_pipeline(folder: Path, tmp_path: Pa
     images = []
     for trained in (result.policy, result.ema):
         pipeline.unet = trained.unet
-        images.append(draw(pipeline))
+        images.append(draw(pipeline.to("cpu")))
         pipeline.save_pretrained(tmp_path / "tuned")
         again = tiny(tmp_path / "tuned", torch.float32)
         for name in ("unet", "vae", "text_encoder"):
