@@ -1,13 +1,18 @@
 """Full fine-tuning at the size of Stable Diffusion v1.5, with random weights, for `benchmarks/throughput.py`.
 
-Pictures of 512 x 512 under guidance, by the actor-critic with a black-box reward, as `scale/sd15.py` trains by default;
-each set of options in a process of its own, so that its memory is its own:
+By the default settings of `scale/sd15.py`, but for the reward, which is a black box that needs no model, and for the
+size of an epoch: it has one in SHARE of the images, and of the nodes of each update, so that the work per image is that
+of the defaults. What an epoch keeps (the trajectories in store) is the same share. Each set of options has a process of
+its own, so that its memory is its own:
 
-    images_per_second   pictures drawn in an epoch, and learned from, over the epoch's time
+    images_per_second   images drawn in an epoch, and learned from, over the epoch's time
+    network_calls       of policy, reference and critic per image, as `fit` counts them
+    share               the images of an epoch over those by default
     gibibytes           the most that was allocated on the device
     utilisation         the UNet's arithmetic, forward and backward, over the device's peak in bf16 (PEAKS): activations
                         that are computed again are not counted
     fits_in             GiB, about: the most that was reserved, and CONTEXT for what CUDA itself keeps
+    fits                whether an epoch passes where the device gives no more than that
 
 Without an accelerator nothing is measured; a set of options that fails has a row that says how.
 """
@@ -15,11 +20,11 @@ Without an accelerator nothing is measured; a set of options that fails has a ro
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -33,15 +38,15 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.memory import mebibytes
-from benchmarks.report import Row
+from benchmarks.report import Row, number
 from benchmarks.timing import Pass, Passes, seconds
 from ctrl.fit import Run
-from scale import models, sd15
+from scale import models, sd15, tuning
 from scale.diffusion import Score
 
 LEAN: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": True}
 CASES: dict[str, dict[str, Any]] = {
-    "float32": {},
+    "float32": {"precision": "no"},
     "bf16": {"precision": "bf16"},
     "bf16, channels last": {"precision": "bf16", "channels_last": True},
     "bf16, compiled": {"precision": "bf16", "compile": True},
@@ -51,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16, checkpointing, 8-bit Adam, reference offloaded": LEAN | {"eight_bit": True, "offload_reference": True},
     "bf16, LoRA of rank 16": {"precision": "bf16", "lora": 16},
     "bf16, checkpointing, LoRA of rank 16": LEAN | {"lora": 16},
-    "the least: checkpointing, offloaded, one picture": LEAN | {
+    "the least: checkpointing, offloaded, one image": LEAN | {
         "offload_reference": True, "samples": 2, "batch": 1, "micro_batch": 1,
         "options": ("nodes=4", "critic_updates=1", "actor_updates=1", "keep=1"),
     },
@@ -61,14 +66,19 @@ PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090":
 """Dense bf16 in FLOP/s, from the vendor's data sheets."""
 CONTEXT = 0.5
 """GiB of a CUDA context, about."""
-EPOCHS = 5
+EPOCHS, SHARE = 3, 8
 OUT_OF_MEMORY = "out of memory"
 """A result like others; what else fails is an error, after everything is written."""
-WORK: dict[str, Any] = {
-    "algorithm": "actor-critic", "ema": 0.0, "lr": 1e-5, "reward": "jpeg-compressibility", "other_reward": None,
-    "prompts": "animals", "steps": 10, "samples": 16, "batch": 8, "micro_batch": 8, "guidance": 5.0,
-    "options": ("nodes=32", "critic_updates=2", "actor_updates=2", "keep=1"),
-}  # fmt: skip
+
+
+def settings(model: Path, out: Path, share: int = SHARE, **options: Any) -> sd15.Settings:
+    """The defaults, at one in `share` of the images and nodes of an epoch."""
+    s = sd15.Settings(
+        model=str(model), out=out, reward="jpeg-compressibility", other_reward=None, log_with="none", epochs=10**6
+    )
+    nodes = tuning.algorithm_of(s, noisy=True).nodes
+    few: dict[str, Any] = {"samples": s.samples // share, "options": (*s.options, f"nodes={nodes // share}")}
+    return replace(s, **{k: tuple(v) if isinstance(v, list) else v for k, v in (few | options).items()})
 
 
 def gpu(quick: bool) -> list[Row]:
@@ -84,13 +94,23 @@ def gpu(quick: bool) -> list[Row]:
             if lacking := [NEEDS[o] for o in options if o in NEEDS and find_spec(NEEDS[o]) is None]:
                 print(f"gpu: {name}: not measured, {lacking[0]} is not installed")
                 continue
-            rows.append({"panel": "gpu", "case": name, "device": torch.cuda.get_device_name(), **apart(model, options)})
+            about: Row = {"panel": "gpu", "case": name, "device": torch.cuda.get_device_name()}
+            rows.append(about | within(model, options, apart(model, options)))
     return rows
 
 
-def apart(model: Path, options: dict[str, Any]) -> Row:
-    """What a process of its own measures."""
-    command = [sys.executable, __file__, str(model), json.dumps(options)]
+def within(model: Path, options: dict[str, Any], found: Row) -> Row:
+    """What was found, and whether the memory that it names is enough; another failure is one."""
+    if "failed" in found:
+        return found
+    failed = apart(model, options, number(found, "fits_in"))
+    return found | {"fits": not failed} | ({} if failed.get("failed") == OUT_OF_MEMORY else failed)
+
+
+def apart(model: Path, options: dict[str, Any], gibibytes: float | None = None) -> Row:
+    """What a process of its own measures, in as much of the device's memory."""
+    limit = [] if gibibytes is None else [str(gibibytes)]
+    command = [sys.executable, __file__, str(model), json.dumps(options), *limit]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         print(done.stderr[-4000:], file=sys.stderr)
@@ -100,25 +120,41 @@ def apart(model: Path, options: dict[str, Any]) -> Row:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def measured(model: Path, options: dict[str, Any]) -> Row:
-    """Two epochs to warm up, and EPOCHS more: the median of their times, and the most memory."""
-    from benchmarks.throughput import embedded  # which imports this
+def prepared(model: Path, options: dict[str, Any], folder: str) -> Run:
+    """A run whose store is full and which has warmed up."""
+    from benchmarks.throughput import fine_tuning  # which imports this
 
-    folder = Path(tempfile.mkdtemp())
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in (WORK | options).items()}
-    run = embedded("gpu", sd15, folder, 1.0, model=str(model), **given).run
-    run.step_epoch()
+    run = fine_tuning("gpu", sd15, settings(model, Path(folder), **options), 1.0).run
+    for _ in range(run.algorithm.keep):
+        run.step_epoch()
+    return run
+
+
+def tried(model: Path, options: dict[str, Any], gibibytes: float, folder: str) -> Row:
+    """Nothing, where the device gives no more than that, or an error."""
+    total = torch.cuda.get_device_properties().total_memory
+    torch.cuda.set_per_process_memory_fraction((gibibytes - CONTEXT) * 2**30 / total)
+    prepared(model, options, folder)
+    return {}
+
+
+def measured(model: Path, options: dict[str, Any], folder: str) -> Row:
+    """The median time of EPOCHS, and the most memory."""
+    run = prepared(model, options, folder)
     done = arithmetic(run, flops(sd15.UNet2DConditionModel.load_config(model, subfolder="unet")))
     cuda, times = torch.cuda.is_available(), list[float]()
     if cuda:
         torch.cuda.empty_cache()
+    before = run.counts["network_calls"]
     most = mebibytes(lambda: times.extend(seconds(run.step_epoch) for _ in range(EPOCHS)), 0.0)
-    shutil.rmtree(folder, ignore_errors=True)
+    images = run.settings.samples
     spent = median(times)
     peak = next((v for name, v in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
     return {
-        "images": run.settings.samples, "seconds": spent, "seconds_min": min(times), "seconds_max": max(times),
-        "images_per_second": run.settings.samples / spent, "gibibytes": None if most is None else most / 1024,
+        "images": images, "share": images / sd15.Settings.samples, "seconds": spent, "seconds_min": min(times),
+        "seconds_max": max(times), "images_per_second": images / spent,
+        "network_calls": (run.counts["network_calls"] - before) / (EPOCHS * images),
+        "gibibytes": None if most is None else most / 1024,
         "fits_in": torch.cuda.max_memory_reserved() / 2**30 + CONTEXT if cuda else None,
         "teraflops": done / spent / 1e12, "utilisation": None if peak is None else done / spent / peak,
     }  # fmt: skip
@@ -154,8 +190,11 @@ def flops(config: Any, tokens: int = 77) -> int:
 
 def main(arguments: Sequence[str]) -> None:
     """One set of options, in this process."""
-    model, options = arguments
-    print(json.dumps(measured(Path(model), json.loads(options))))
+    model, options, *gibibytes = arguments
+    given = Path(model), json.loads(options)
+    with tempfile.TemporaryDirectory() as folder:
+        found = tried(*given, float(gibibytes[0]), folder) if gibibytes else measured(*given, folder)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

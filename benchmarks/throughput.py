@@ -169,7 +169,11 @@ def mixture() -> Subject:
 def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -> Subject:
     """One of `scale`'s commands on its embedded model, by its default settings but for the number of pictures."""
     given = {"out": folder, "log_with": "none", "epochs": 10**6, **changes}
-    s = replace(module.Settings.read(module.Settings.embedded), **given)
+    return fine_tuning(name, module, replace(module.Settings.read(module.Settings.embedded), **given), bar)
+
+
+def fine_tuning(name: str, module: Any, s: Any, bar: float) -> Subject:
+    """One of `scale`'s commands by these settings."""
     accelerator = tuning.accelerator_of(s)
     task = module.assemble(s, None, accelerator)
     run = Run(
@@ -295,7 +299,17 @@ TABLES = {
     "share": ("panel", "case", "part", "share"),
     "at": ("panel", "case", "at", "seconds", "mebibytes"),
     "lr": ("panel", "case", "lr", "updates", "seeds", "reached", "seconds", "images", "gain", "path_kl", "within"),
-    "device": ("panel", "case", "images_per_second", "gibibytes", "fits_in", "utilisation", "failed"),
+    "device": (
+        "panel",
+        "case",
+        "images_per_second",
+        "network_calls",
+        "gibibytes",
+        "fits_in",
+        "fits",
+        "utilisation",
+        "failed",
+    ),
 }
 """What is printed of the rows that have such a column."""
 

@@ -17,7 +17,7 @@ from torch import nn
 from benchmarks import gpu, peer, race, scaling, throughput, timing
 from benchmarks.memory import mebibytes
 from benchmarks.timing import Comparison, Pass, Passes, Profile, interleaved, patched, ratio
-from scale import models, sd15
+from scale import models, sd15, tuning
 from scale.settings import EMBEDDED
 
 
@@ -260,12 +260,60 @@ def test_what_the_accelerator_would_measure_is_measured(tmp_path):
     small = {"samples": 2, "batch": 2, "steps": 4, "micro_batch": 2, "prompts": "shapes"}
     found = gpu.apart(peer.MODEL, small | {"options": ["nodes=4", "critic_updates=1", "actor_updates=1", "keep=1"]})
     assert found["images"] == 2 and found["images_per_second"] == pytest.approx(2 / found["seconds"])
+    assert found["share"] == 2 / sd15.Settings.samples
     unet = gpu.flops(models.load(str(peer.MODEL)).unet.config)
     # under guidance each is two: 4 steps and the last node, the reference at 5 nodes, a path compared, an update; and
     # the critic's slope at its nodes, which goes to and fro through the reference (x0hat)
     ways = 2 * (2 * 5 + 2 * 5 + 4 + 3 * 4 + 2 * 4)
     assert found["teraflops"] * found["seconds"] * 1e12 == pytest.approx(unet * ways)
     assert found["utilisation"] is None and found["fits_in"] is None
+
+
+def calls_per_image(folder, share):
+    """Network calls per image of an epoch by default; steps are few, which are not what is looked at."""
+    s = gpu.settings(peer.MODEL, folder, share, steps=2, precision="no", batch=64, micro_batch=64)
+    run = throughput.fine_tuning("gpu", sd15, s, 1.0).run
+    run.step_epoch()
+    return run.counts["network_calls"] / s.samples
+
+
+def test_the_defaults_are_what_is_measured():
+    """Of each update as many nodes per image; nothing else but the reward and what is written."""
+    s, default = gpu.settings(peer.MODEL, peer.MODEL), sd15.Settings()
+    changed = {name for name, value in s.plain().items() if value != default.plain()[name]}
+    assert changed <= {"model", "out", "reward", "other_reward", "log_with", "epochs", "samples", "options"}
+    each = [tuning.algorithm_of(settings, noisy=True) for settings in (s, default)]
+    assert dataclasses.replace(each[0], nodes=each[1].nodes) == each[1]
+    assert each[0].nodes / s.samples == each[1].nodes / default.samples and s.samples >= default.batch
+
+
+@pytest.mark.long
+def test_a_share_of_an_epoch_takes_as_many_calls_per_image(tmp_path):
+    """One image per epoch or four, but for the path of three nodes by which rollouts and updates are compared once per
+    epoch, at most of policy and reference."""
+    one, four = (calls_per_image(tmp_path, sd15.Settings.samples // n) for n in (1, 4))
+    assert 0 <= one - four <= 2 * 3 * (1 - 1 / 4) < four / 10
+
+
+@pytest.mark.parametrize(
+    ("last", "found"),
+    [("", {"fits": True}), ("torch.OutOfMemoryError: CUDA out of memory.", {"fits": False}),
+     ("KeyError: 3", {"fits": False, "failed": "exit 1: KeyError: 3"})],
+)  # fmt: skip
+def test_the_memory_that_a_row_names_is_tried(last, found, monkeypatch):
+    """In a process that is given no more; another failure than of memory is an error."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess([], int(bool(last)), "{}\n", f"Traceback\n{last}\n")
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    row = {"gibibytes": 9.5, "fits_in": 10.25}
+    assert gpu.within(peer.MODEL, {"lora": 16}, row) == row | found
+    assert [command[-2:] for command in asked] == [['{"lora": 16}', "10.25"]]
+    failed = {"failed": "out of memory"}
+    assert gpu.within(peer.MODEL, {}, failed) == failed and len(asked) == 1
 
 
 def test_a_way_back_through_frozen_weights_costs_less():
