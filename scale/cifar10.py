@@ -267,9 +267,8 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
 
 
 def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
-    """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
-    s = settings
-    accelerator = tuning.accelerator_of(s)
+    """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, recorded by its name."""
+    s, accelerator = tuning.named(settings, reward), tuning.accelerator_of(settings)
     with locked(s.out, accelerator):
         task = assemble(s, reward, accelerator)
         tuning.begin(s, task, accelerator, "cifar10")
@@ -389,15 +388,15 @@ def tuned(run: Path) -> tuple[Settings, DDPMPipeline]:
     return s, pixels.load(str(run / "pipeline"))
 
 
-def evaluate_run(e: Evaluate) -> Evaluation:
-    """Write evaluation.json anew."""
+def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
+    """Write evaluation.json anew. reward: a function of yours in place of `e.reward`."""
     s, pipeline = tuned(e.run)
-    s = e.over(s, data=e.data, fid_weights=e.fid_weights)
-    if s.reward == ENERGY:
+    e = tuning.named(e, reward)
+    if (e.reward or s.reward) == ENERGY:
         raise ValueError("reward: the energy of a run is not kept beside its pipeline; name another, --reward")
-    device = Accelerator().device
+    s, device = e.over(s, data=e.data, fid_weights=e.fid_weights), Accelerator().device
     untuned = pixels.load(s.model, s.revision, s.variant).to(device)
-    found = judged(s, pipeline.to(device), untuned, tuning.rewards_of(s)["reward"], pictures_of(s, untuned))
+    found = judged(s, pipeline.to(device), untuned, tuning.rewards_of(s, reward)["reward"], pictures_of(s, untuned))
     found.write((e.out or e.run) / "evaluation.json")
     print(found.summary())
     return found

@@ -47,7 +47,13 @@ def ceiling_of(reward: Reward, prompts: Sequence[Prompt]) -> float | None:
 
 def name_of(reward: Reward) -> str:
     """What to call it."""
-    return str(getattr(reward, "__name__", repr(reward)))
+    return str(getattr(reward, "__name__", type(reward).__name__))
+
+
+def full_name(reward: Reward) -> str:
+    """What a record calls it: module:function if a module has it, as `reward_of` takes it; else its own name."""
+    name = getattr(reward, "__qualname__", None)
+    return name_of(reward) if name is None else name if "<" in name else f"{reward.__module__}:{name}"
 
 
 def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -293,6 +299,11 @@ def terms(text: str) -> list[tuple[float, str]]:
         except ValueError as wrong:
             raise ValueError(f"reward {text!r}: {wrong}") from wrong
     return found
+
+
+def built_in(text: str) -> bool:
+    """Whether all that a sum names is here; anything else is a program, which runs when it is loaded."""
+    return all(term.rpartition("*")[2].strip().partition("=")[0] in NAMES for term in text.split(" + "))
 
 
 def _weight(text: str) -> float:

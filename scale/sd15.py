@@ -92,7 +92,7 @@ def critic_of(s: Settings, task: ScoreAsAction, width: int, differentiable: bool
     return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width, s.critic_width))
 
 
-def check(s: Settings) -> tuple[list[Prompt], list[Prompt]]:
+def check(s: Settings, given: Reward | None = None) -> tuple[list[Prompt], list[Prompt]]:
     """What can be wrong without a model or a reward; the prompts of training and of the evaluation."""
     algorithm = tuning.check(s)
     if isinstance(algorithm, DDPO) and algorithm.group not in (0, s.in_a_row):
@@ -101,7 +101,7 @@ def check(s: Settings) -> tuple[list[Prompt], list[Prompt]]:
         )
     if s.samples % s.in_a_row:
         raise ValueError(f"in_a_row must divide the {s.samples} samples of an epoch, got {s.in_a_row}")
-    for reward in (s.reward, s.other_reward):
+    for reward in (s.reward if given is None else None, s.other_reward):
         if reward is not None:
             terms(reward)
     prompts = prompt_lists.read(s.prompts)
@@ -119,7 +119,7 @@ def try_rewards(pipeline: StableDiffusionPipeline, rewards: dict[str, Reward], *
 
 def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
     """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
-    prompts, eval_prompts = check(s)
+    prompts, eval_prompts = check(s, reward)
     tuning.optimizer_of(s)  # it may lack its package
     rewards = tuning.rewards_of(s, reward, s.other_reward)
     gradient = tuning.differentiable(s, rewards["reward"])
@@ -147,8 +147,8 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
 
 
 def train(settings: Settings, reward: Reward | None = None) -> Outcome:
-    """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, which then is its name."""
-    s, accelerator = settings, tuning.accelerator_of(settings)
+    """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, recorded by its name."""
+    s, accelerator = tuning.named(settings, reward), tuning.accelerator_of(settings)
     with locked(s.out, accelerator):
         task = assemble(s, reward, accelerator)
         tuning.begin(s, task, accelerator, "sd15", left=("lora",))
@@ -303,12 +303,12 @@ def tuned(run: Path) -> tuple[Settings, StableDiffusionPipeline]:
     return s, pipeline
 
 
-def evaluate_run(e: Evaluate) -> Evaluation:
-    """Write evaluation.json anew."""
+def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
+    """Write evaluation.json anew. reward: a function of yours in place of `e.reward`."""
     s, pipeline = tuned(e.run)
-    s = e.over(s, other_reward=e.other_reward, eval_prompts=e.prompts, guidance=e.guidance)
+    s = tuning.named(e, reward).over(s, other_reward=e.other_reward, eval_prompts=e.prompts, guidance=e.guidance)
     device = Accelerator().device
-    prompts, rewards = prompt_lists.read(s.eval_prompts or s.prompts), tuning.rewards_of(s, other=s.other_reward)
+    prompts, rewards = prompt_lists.read(s.eval_prompts or s.prompts), tuning.rewards_of(s, reward, s.other_reward)
     untuned = models.load(s.model, s.revision, s.variant)
     found = judged(s, pipeline.to(device), untuned.to(device), prompts, rewards)
     found.write((e.out or e.run) / "evaluation.json")

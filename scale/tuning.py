@@ -46,11 +46,12 @@ from ctrl.stops import RunFailed
 from ctrl.value import Critic
 from scale import report
 from scale.diffusion import Score
-from scale.rewards import Patient, Reward, reward_of
+from scale.rewards import Patient, Reward, built_in, full_name, reward_of
 from scale.samplers import BlackBox, sampler
 from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
 
 S = TypeVar("S", bound=Tuning)
+Named = TypeVar("Named", bound="Tuning | Evaluate")
 
 # ------------------------------------------------------------------------------------------ the parts
 
@@ -165,6 +166,11 @@ def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
 def learner_of(s: Tuning, problem: ScoreAsAction, policy: nn.Module) -> nn.Module:
     """The policy, which q-learning gives a noise."""
     return GaussianNetwork(problem, policy) if s.algorithm == "q-learning" else policy
+
+
+def named(s: Named, given: Reward | None) -> Named:
+    """With the name of the function that is given in place of its reward."""
+    return s if given is None else dataclasses.replace(s, reward=full_name(given))
 
 
 def rewards_of(s: Tuning, given: Reward | None = None, other: str | None = None) -> dict[str, Reward]:
@@ -375,7 +381,9 @@ class Evaluate:
     run: Path
     """The run's folder."""
     reward: str | None = None
-    """As in training."""
+    """As in training; one that is not built in must be named, since a program that a run's folder names is not run."""
+    reward_python: str | None = None
+    """As in training; never the run's own, for the same reason."""
     samples: int | None = None
     """Pictures for each figure of the headline."""
     grid_samples: int | None = None
@@ -391,12 +399,22 @@ class Evaluate:
         check_fields(self, self.limits)
 
     def over(self, s: S, **others: Any) -> S:
-        """A run's settings, with what is asked for here, and others that a command has, unless they are None."""
+        """A run's settings, with what is asked for here, and others that a command has, unless they are None. Programs
+        are named here alone: the run's folder may be anybody's."""
         changes = {
             "reward": self.reward, "eval_samples": self.samples, "eval_grid_samples": self.grid_samples,
             "eval_samplers": self.samplers, "eval_steps": self.steps, **others,
         }  # fmt: skip
-        return dataclasses.replace(s, **{k: v for k, v in changes.items() if v is not None})
+        changes = {k: v for k, v in changes.items() if v is not None}
+        for name in ("reward", "other_reward"):
+            text = getattr(s, name, None)
+            if name not in changes and text is not None and not built_in(text):
+                python = f" --reward-python {s.reward_python}" if s.reward_python else ""
+                raise ValueError(
+                    f"{name}: {text!r} of {self.run} is not built in, and a program that a run's folder names is not "
+                    f"run: pass --{name.replace('_', '-')} module:function{python}"
+                )
+        return dataclasses.replace(s, reward_python=self.reward_python, **changes)
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,27 @@ def test_sample_evaluate_and_export(run, tmp_path, capsys):
     assert all(torch.equal(v, after[k]) for k, v in before.items())
 
 
+def redness(images, prompts, metadata):
+    """A reward of one's own."""
+    return images[:, 0].mean((1, 2))
+
+
+def test_a_reward_of_ones_own_is_recorded_by_its_name(model, tmp_path):
+    """In settings, report and card; an evaluation asks for it, and takes its name or itself."""
+    found = train(short(model, tmp_path / "run", epochs=1, eval_steps=()), reward=redness)
+    name = f"{__name__}:redness"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward"] == name
+    assert f"tuned on {name}" in (tmp_path / "run" / "report.html").read_text()
+    assert f"# Tuned on {name}" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    with pytest.raises(ValueError, match=f"reward: '{name}' of .* is not built in, .*: pass --reward module:function"):
+        evaluate_run(Evaluate(tmp_path / "run"))
+    gains = [
+        evaluate_run(Evaluate(tmp_path / "run", **named), *given).gain
+        for named, given in (({"reward": name}, ()), ({}, (redness,)))
+    ]
+    assert gains == pytest.approx([found.evaluation.gain] * 2, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [

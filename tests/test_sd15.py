@@ -356,13 +356,63 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, lora, algorithm):
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)) and torch.equal(plain_x, again_x)
 
 
-def test_a_reward_of_ones_own(model, tmp_path):
-    def redness(images, prompts, metadata):
-        return images[:, 0].mean((1, 2))
+def redness(images, prompts, metadata):
+    """A reward of one's own."""
+    return images[:, 0].mean((1, 2))
 
-    redness.differentiable = True
+
+redness.differentiable = True
+
+
+def test_a_reward_of_ones_own_is_recorded_by_its_name(model, tmp_path):
+    """In settings, report and card; an evaluation asks for it, and takes its name or itself."""
     found = train(short(model, tmp_path / "run", epochs=1), reward=redness)
     assert found.evaluation.ceiling is None and found.evaluation.other_before < 0
+    name = f"{__name__}:redness"
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["reward"] == name
+    assert f"tuned on {name}" in (tmp_path / "run" / "report.html").read_text()
+    assert f"# Tuned on {name}" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    with pytest.raises(ValueError, match=f"reward: '{name}' of .* is not built in, .*: pass --reward module:function"):
+        evaluate_run(Evaluate(tmp_path / "run"))
+    gains = [
+        evaluate_run(Evaluate(tmp_path / "run", **named), *given).gain
+        for named, given in (({"reward": name}, ()), ({}, (redness,)))
+    ]
+    assert gains == pytest.approx([found.evaluation.gain] * 2, abs=1e-6)
+
+
+def test_a_run_with_a_reward_of_ones_own_goes_on_with_it_alone(model, tmp_path):
+    s = short(model, tmp_path / "run", epochs=1, eval_samples=2, eval_steps=())
+    train(s, reward=lambda *given: redness(*given).detach())
+    with pytest.raises(ValueError, match=r"reward is '.*:redness', and was '.*<lambda>' in"):
+        train(dataclasses.replace(s, resume=True), reward=redness)
+
+
+def test_a_run_may_name_no_program(run, tmp_path, monkeypatch):
+    """A folder may be anybody's: what its config.json names is neither imported nor started."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    program.chmod(0o755)
+    (tmp_path / "named_by_a_run.py").write_text(f"open({str(tmp_path / 'imported')!r}, 'w')\nr = print\n")
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run"
+    shutil.copytree(run.out, folder)
+    before = json.loads((folder / "config.json").read_text())
+    evil = "0.5 * named_by_a_run:r + following"
+    for changes in (
+        {"reward": evil}, {"other_reward": evil}, {"reward": evil, "reward_python": str(program)},
+        {"reward": "imagereward", "reward_python": str(program)},
+    ):  # fmt: skip
+        (folder / "config.json").write_text(json.dumps({**before, **changes}))
+        with pytest.raises(ValueError, match=r"pass --(other-)?reward module:function|give its interpreter as reward_"):
+            evaluate_run(Evaluate(folder))
+        with pytest.raises(ValueError, match="resume with the same"):
+            train(dataclasses.replace(Settings.read(run.out / "config.json"), out=folder, resume=True, lr=0.5))
+        sample(Sample(folder, prompts="a red circle on a white ground", n=2, steps=2))
+        export(Export(folder))
+        assert sorted(file.name for file in tmp_path.iterdir()) == ["named_by_a_run.py", "python", "run"]
+    found = evaluate_run(Evaluate(folder, reward="following-soft", samples=2, steps=()))
+    assert found.samples == 2
 
 
 # settings
