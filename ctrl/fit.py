@@ -242,7 +242,7 @@ class Run:
         self.ema = copy.deepcopy(policy, frozen).requires_grad_(False) if settings.ema else None
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
         self.epoch = self.kept = 0
-        # a network call is policy, reference or critic at one node; an optimiser step counts each of its nodes once
+        # a network call is policy, reference or critic at one node; an update counts each of its nodes once
         self.counts = {"trajectories": 0, "network_calls": 0, "reward_calls": 0}
         self.history: list[dict[str, Any]] = []
         self.strikes: dict[str, int] = {}
@@ -463,22 +463,15 @@ class Run:
             return
         learner = self.learners[name]
         total = self.backward(learner, loss, nodes, size)
+        self.counts["network_calls"] += size
         self.accelerator.unscale_gradients(learner.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None])
-        sound = total if self.accelerator.scaler else norm + total  # gradients that overflow are the scaler's to mend
-        if not bool(torch.isfinite(sound)):
-            if self.accelerator.scaler:
-                self.accelerator.scaler.update()  # or it waits for a step
-            guards.strike(self, name, guards.culprit(self, name, loss, nodes))
+        if not bool(torch.isfinite(norm + total)):
+            if not self._overflowed(total):
+                guards.strike(self, name, guards.culprit(self, name, loss, nodes))
             return
         nn.utils.clip_grads_with_norm_(learner.trained, self.settings.max_grad_norm, norm)
         learner.step()
-        self.counts["network_calls"] += size
-        if learner.optimizer.step_was_skipped:  # float16 overflowed; accelerate takes a smaller scale from here
-            assert self.accelerator.scaler is not None
-            if self.accelerator.scaler.get_scale() < 1:  # it never ends
-                guards.strike(self, name, guards.culprit(self, name, loss, nodes))
-            return
         self.strikes[name] = 0
         if name == "policy" and self.ema is not None:
             for average, p in zip(self.ema.parameters(), self.policy.parameters(), strict=True):
@@ -486,6 +479,19 @@ class Run:
                     average.data.lerp_(p.data, 1 - self.settings.ema)
         self.log(f"{name}_loss", total)
         self.log(f"{name}_grad_norm", norm)
+
+    def _overflowed(self, total: Tensor) -> bool:
+        """Whether the gradients of a finite loss overflowed float16, and the smaller scale from here on, of at least 1,
+        may mend that. accelerate's `step_was_skipped` does not know of a step that a fused optimizer skips."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return False
+        before = scaler.get_scale()
+        scaler.update()
+        if not bool(torch.isfinite(total)) or scaler.get_scale() >= before:
+            return False
+        self.counts["overflows"] = self.counts.get("overflows", 0) + 1
+        return scaler.get_scale() >= 1
 
     def backward(self, learner: Learner, loss: Loss, nodes: Nodes, size: int) -> Tensor:
         """The mean of loss over `size` nodes of all processes, (); its gradient is left in the model's parameters."""
