@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import subprocess
 import warnings
 from collections.abc import Callable, Sequence
@@ -333,6 +334,16 @@ def _one(name: str, python: str | None) -> Reward:
         raise ValueError(f"{name} cannot be imported: {wrong}") from wrong
 
 
+def own_device() -> dict[str, str]:
+    """CUDA_VISIBLE_DEVICES of a worker: of several processes each has the device that accelerate gives it, or they
+    would all take the first."""
+    rank, visible = os.environ.get("LOCAL_RANK"), os.environ.get("CUDA_VISIBLE_DEVICES")
+    if rank is None or visible == "":
+        return {}
+    devices = [rank] if visible is None else visible.split(",")
+    return {"CUDA_VISIBLE_DEVICES": devices[int(rank) % len(devices)]}
+
+
 @dataclass
 class Elsewhere:
     """A reward that runs in another interpreter, started at the first call (see `reward_worker.py`)."""
@@ -367,8 +378,9 @@ class Elsewhere:
         script = Path(__file__).with_name("reward_worker.py")
         try:
             worker = subprocess.Popen(
-                [self.python, str(script), self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-            )
+                [self.python, str(script), self.name], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, **own_device()},
+            )  # fmt: skip
         except OSError as wrong:
             raise ValueError(f"reward_python {self.python!r} cannot be run: {wrong}") from wrong
         assert worker.stdout is not None

@@ -137,6 +137,23 @@ def test_a_users_function_here_and_in_another_interpreter(mine, pictures, python
     torch.testing.assert_close(found, expected.to(found))
 
 
+@pytest.mark.parametrize(
+    "rank, visible, seen",
+    [("1", None, 1), ("1", "4,6", 6), ("5", "4,6", 6), (None, "4,6", 46), ("1", "", -1), (None, None, -2)],
+)
+def test_a_worker_sees_the_device_of_its_process(rank, visible, seen, tmp_path, monkeypatch):
+    """Of those that the processes themselves may see, as accelerate deals them."""
+    (tmp_path / "devices.py").write_text(
+        "import os, torch\ngiven = os.environ.get('CUDA_VISIBLE_DEVICES')\n"
+        "n = -2 if given is None else int(given.replace(',', '') or -1)\n"
+        "def seen(images, prompts, metadata):\n    return torch.full((len(images),), float(n))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": visible}.items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    assert reward_of("devices:seen", sys.executable)(torch.zeros(2, 3, 4, 4), ["", ""], [{}, {}]).tolist() == [seen] * 2
+
+
 def test_what_fails_elsewhere_is_told_here(mine, pictures):
     with pytest.raises(RuntimeError, match="no such luck"):
         Elsewhere(sys.executable, f"{mine}:broken")(pictures, PROMPTS, none(pictures))
