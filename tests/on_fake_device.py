@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+import ctrl.replay
 from ctrl import DDIM, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl, rollout
 from ctrl.algorithms import (
     DDPO,
@@ -190,6 +191,31 @@ def test_a_run_resumes(name, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(algorithm, **settings, out=tmp_path, checkpoint_every=2, callbacks=[stop])
     same(train(algorithm, **settings, out=tmp_path, checkpoint_every=2, resume=True), whole)
+
+
+STORED = {
+    "actor-critic": (ActorCritic(critic_updates=2, actor_updates=2, nodes=32, keep=3), {}),
+    "its critic's gradient": (dataclasses.replace(CASES["its critic's gradient"][0], keep=3), {}),
+    "q-learning": (QLearning(critic_updates=1, q_updates=1, nodes=32, keep=3), EXPLORING),
+    "path consistency": (PathConsistency(updates=2, paths=8, keep=3), {}),
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_older_epochs_are_in_host_memory_beyond_a_size(name, monkeypatch, tmp_path):
+    """The newest stays, whatever its size; the numbers are those of the CPU, resumed or not."""
+    monkeypatch.setattr(ctrl.replay, "ON_DEVICE", 0, raising=False)
+    algorithm, settings = STORED[name]
+    settings, places = {**settings, "epochs": 3}, []
+
+    def look(run, metrics):
+        places.append([{v.device.type for v in (b.trajectory.x, *b.fields.values())} for b in run.replay.batches])
+
+    same(train(algorithm, **settings, callbacks=[look]), whole := train(algorithm, **settings, cpu=True))
+    with pytest.raises(KeyboardInterrupt):
+        train(algorithm, **settings, out=tmp_path, checkpoint_every=2, callbacks=[stop])
+    same(train(algorithm, **settings, out=tmp_path, checkpoint_every=2, callbacks=[look], resume=True), whole)
+    assert places[2] == places[-1] == [{"cpu"}, {"cpu"}, {DEVICE.type}]
 
 
 def test_what_is_not_finite_is_kept(tmp_path):
