@@ -8,6 +8,7 @@ pictures in training, stays out.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ SD15_UNET: dict[str, Any] = {
 }  # fmt: skip
 """SD v1.5's architecture, for checks and measurements at full size without its weights."""
 PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
+COMPANIONS = ("safety_checker", "feature_extractor")
+"""What a pipeline is saved with and training has no part in."""
 
 
 def load(name: str, revision: str | None = None, variant: str | None = None) -> StableDiffusionPipeline:
@@ -41,8 +44,9 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
         index = StableDiffusionPipeline.load_config(name, **options)
         _check_kind(name, index)
         pipeline = StableDiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, safety_checker=None, requires_safety_checker=False, variant=variant, **options
-        )
+            name, use_safetensors=True, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+            variant=variant, **options,
+        )  # fmt: skip
     except OSError as wrong:
         raise ValueError(not_there(name, where, variant, wrong)) from wrong
     except ValueError as wrong:
@@ -51,6 +55,27 @@ def load(name: str, revision: str | None = None, variant: str | None = None) -> 
         raise
     _check_parts(name, pipeline)
     return pipeline.to(torch.float32)  # transformers keeps the precision of the file
+
+
+def companions(
+    pipeline: StableDiffusionPipeline, name: str, revision: str | None = None, variant: str | None = None
+) -> dict[str, Any]:
+    """The model's safety checker and feature extractor, in host memory, if it has them. Where they cannot be loaded a
+    warning says so, and the pipeline goes without."""
+    index = StableDiffusionPipeline.load_config(name, revision=revision)
+    there = [part for part in COMPANIONS if (index.get(part) or [None])[0]]
+    if not there:
+        return {}
+    parts = {part: v for part, v in pipeline.components.items() if part not in there}
+    try:
+        whole = StableDiffusionPipeline.from_pretrained(
+            name, revision=revision, variant=variant, use_safetensors=True, **parts
+        ).to(torch.float32)  # fmt: skip
+    except (OSError, ValueError, ImportError, AttributeError) as wrong:  # of a file, of a class
+        first = str(wrong).strip().splitlines()[0]
+        warnings.warn(f"model: {name} is saved without its {' and '.join(there)}: {first}", stacklevel=2)
+        return {}
+    return {part: getattr(whole, part) for part in there}
 
 
 def untrained(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:

@@ -54,6 +54,7 @@ class Task(tuning.Task):
     """And what is Stable Diffusion's."""
 
     pipeline: StableDiffusionPipeline
+    companions: dict[str, Any]
     prompts: list[Prompt]
     eval_prompts: list[Prompt]
     rewards: dict[str, Reward]
@@ -81,6 +82,11 @@ def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
         adapters(pipeline.unet, s.lora)
     tuning.lay_out(s, pipeline.unet)
     return pipeline.to(device)
+
+
+def companions_of(s: Settings, pipeline: StableDiffusionPipeline) -> dict[str, Any]:
+    """What the pipeline is saved with, loaded before training: afterwards it may be out of reach."""
+    return {} if s.lora else models.companions(pipeline, s.model, s.revision, s.variant)
 
 
 def critic_of(s: Settings, task: ScoreAsAction, width: int, differentiable: bool) -> Critic:
@@ -124,6 +130,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     rewards = tuning.rewards_of(s, reward, s.other_reward)
     gradient = tuning.differentiable(s, rewards["reward"])
     pipeline = pipeline_of(s, accelerator.device)
+    companions = companions_of(s, pipeline) if accelerator.is_main_process else {}
     solver = tuning.solver_of(s, pipeline)
     eta = tuning.eta_of(s, solver)
     algorithm = tuning.algorithm_of(s, eta > 0)
@@ -138,8 +145,8 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     try_rewards(pipeline, rewards, prompts, eval_prompts)
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
-        conditions=conditions, fit=tuning.fit_settings(s, solver), pipeline=pipeline, prompts=prompts,
-        eval_prompts=eval_prompts, rewards=rewards,
+        conditions=conditions, fit=tuning.fit_settings(s, solver), pipeline=pipeline, companions=companions,
+        prompts=prompts, eval_prompts=eval_prompts, rewards=rewards,
     )  # fmt: skip
 
 
@@ -167,7 +174,7 @@ def shown(s: Settings, pipeline: StableDiffusionPipeline, prompts: Sequence[Prom
 
 def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation:
     """Evaluate against the untuned model, keep the pipeline, and tell the story."""
-    save(s, task.pipeline)  # first of all: what follows takes a while, and asks foreign code
+    save(s, task.pipeline, task.companions)  # first of all: what follows takes a while, and asks foreign code
     untuned = models.load(s.model, s.revision, s.variant).to(task.pipeline.unet.device)
     found = judged(s, task.pipeline, untuned, task.eval_prompts, task.rewards)
     found.write(s.out / "evaluation.json")
@@ -206,7 +213,7 @@ def judged(
 # ------------------------------------------------------------------------------------------ the pipeline
 
 
-def save(s: Settings, pipeline: StableDiffusionPipeline) -> None:
+def save(s: Settings, pipeline: StableDiffusionPipeline, companions: dict[str, Any]) -> None:
     """OUT/pipeline, with whatever the model had beside what was trained, its safety checker too; or OUT/lora."""
     if s.lora:
         from peft import get_peft_model_state_dict
@@ -214,8 +221,8 @@ def save(s: Settings, pipeline: StableDiffusionPipeline) -> None:
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(s.out / "lora", unet_lora_layers=layers)
         return
-    parts = {k: v for k, v in pipeline.components.items() if k not in ("safety_checker", "feature_extractor")}
-    whole = StableDiffusionPipeline.from_pretrained(s.model, revision=s.revision, use_safetensors=True, **parts)
+    parts = {**pipeline.components, **companions}
+    whole = StableDiffusionPipeline(**parts, requires_safety_checker="safety_checker" in companions)
     whole.save_pretrained(s.out / "pipeline")
     for file in (s.out / "pipeline").rglob("*.safetensors"):
         file.chmod(0o644)  # they come as the writer's alone
@@ -321,7 +328,7 @@ def export(o: Export) -> Path:
     s = tuning.settings_of_run(Settings, o.run)
     folder, pipeline = tuning.chosen(o, s.beta), pipeline_of(s, torch.device("cpu"))
     tuning.restore(pipeline.unet, folder)
-    save(dataclasses.replace(s, out=o.run), pipeline)
+    save(dataclasses.replace(s, out=o.run), pipeline, companions_of(s, pipeline))
     print(f"{folder.name} -> {o.run / ('lora' if s.lora else 'pipeline')}")
     return folder
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from scale.make_tiny_sd import WORDS, unet, untrained
-from scale.models import load
+from scale.models import companions, load
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +55,23 @@ def test_a_folder_that_lacks_a_part(folder, part):
     shutil.rmtree(folder / part)
     with pytest.raises(ValueError, match=f"lacks {part}"):
         load(str(folder))
+
+
+def test_a_safety_checker_comes_in_a_variant_too(folder):
+    """Which the model may have alone; beside a model in float32 it is in float32."""
+    towers = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=towers, vision_config={**towers, "image_size": 24, "patch_size": 8}, projection_dim=16
+    )
+    own = {"safety_checker": StableDiffusionSafetyChecker(config), "feature_extractor": CLIPImageProcessorPil()}
+    pipeline = load(str(folder))
+    whole = StableDiffusionPipeline(**{**pipeline.components, **own}).to(torch.float16)
+    whole.save_pretrained(folder.parent / "variant", variant="fp16")
+    found = companions(pipeline, str(folder.parent / "variant"), variant="fp16")
+    held, made = (part.state_dict() for part in (found["safety_checker"], whole.safety_checker))
+    assert all(v.dtype == torch.float32 and torch.equal(v, made[k].float()) for k, v in held.items())
+    assert found["feature_extractor"].to_dict() == own["feature_extractor"].to_dict()
+    assert companions(pipeline, str(folder)) == {}
 
 
 def test_a_part_that_lacks_a_file(folder):

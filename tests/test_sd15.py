@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -16,8 +17,10 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from safetensors.torch import load_file
 from torch import nn
+from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from ctrl.algorithms import KLBudget
 from ctrl.fit import fit
@@ -354,6 +357,68 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, lora, algorithm):
     )
     assert sum(float(g.norm()) for g in plain) > 0 and plain_x.norm() > 0
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True)) and torch.equal(plain_x, again_x)
+
+
+@pytest.fixture
+def checked(model, tmp_path):
+    """A model with a safety checker, in half precision."""
+    towers = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config=towers, vision_config={**towers, "image_size": 24, "patch_size": 8}, projection_dim=16
+    )
+    whole = StableDiffusionPipeline(
+        **{
+            **StableDiffusionPipeline.from_pretrained(model).components,
+            "safety_checker": StableDiffusionSafetyChecker(config),
+            "feature_extractor": CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size=24),
+        }
+    )
+    whole.to(torch.float16).save_pretrained(tmp_path / "checked")
+    return tmp_path / "checked"
+
+
+def losing(monkeypatch, folder):
+    """After training the folder is gone."""
+    learn = tuning.learn
+
+    def then_lose(*arguments):
+        history = learn(*arguments)
+        shutil.rmtree(folder)
+        return history
+
+    monkeypatch.setattr(tuning, "learn", then_lose)
+
+
+def called(folder):
+    """A plain pipeline's image, and whether it was checked."""
+    alone = StableDiffusionPipeline.from_pretrained(folder)
+    alone.set_progress_bar_config(disable=True)
+    found = alone("a red circle on a white ground", num_inference_steps=2, output_type="np")
+    assert found.images.shape == (1, 32, 32, 3)
+    return found.nsfw_content_detected is not None
+
+
+def test_a_safety_checker_is_saved_though_the_model_is_out_of_reach_by_then(checked, tmp_path, monkeypatch):
+    """It was loaded before training."""
+    losing(monkeypatch, checked / "safety_checker")
+    train(short(checked, tmp_path / "run", epochs=1, eval_samples=2, eval_steps=()))
+    assert called(tmp_path / "run" / "pipeline")
+
+
+def test_a_pipeline_is_saved_without_a_safety_checker_that_is_not_there(checked, tmp_path):
+    """A warning says so; and so it is exported."""
+    shutil.rmtree(checked / "safety_checker")
+    for work in (
+        lambda: train(short(checked, tmp_path / "run", epochs=1, eval_samples=2, eval_steps=())),
+        lambda: export(Export(tmp_path / "run")),
+    ):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            work()
+        (line,) = (str(w.message) for w in said if issubclass(w.category, UserWarning))
+        assert line.startswith(f"model: {checked} is saved without its safety_checker and feature_extractor: Error no")
+        assert not called(tmp_path / "run" / "pipeline")
+        shutil.rmtree(tmp_path / "run" / "pipeline")
 
 
 def redness(images, prompts, metadata):
