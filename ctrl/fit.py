@@ -34,6 +34,7 @@ from tqdm.auto import tqdm
 
 from ctrl import checkpoint, grids, guards
 from ctrl.algorithms.base import Algorithm
+from ctrl.device import check_device, make_accelerator
 from ctrl.fields import check_fields
 from ctrl.gaussian import GaussianPolicy
 from ctrl.grids import node_weights
@@ -211,6 +212,7 @@ class Run:
         accelerator: Accelerator,
     ) -> None:
         check_processes(accelerator)
+        check_device(accelerator)
         if settings.samples < accelerator.num_processes:
             raise ValueError(
                 f"samples must be at least one for each of the {accelerator.num_processes} processes, "
@@ -591,11 +593,11 @@ def fit(
         callbacks: callback(run, metrics) after every epoch, on every process.
         resume: go on from the newest whole checkpoint in `settings.out`, if there is one.
         overwrite: begin anew in a folder that holds a run; what that left is deleted.
-        accelerator: for devices, precision and processes; a plain one by default.
+        accelerator: for devices, precision and processes; that of `ctrl.device.make_accelerator` by default.
     """
 
     if accelerator is None:
-        accelerator = Accelerator()
+        accelerator = make_accelerator()
     else:
         accelerator.free_memory()  # what an earlier run left there would go into this one's checkpoints
     algorithm.check(problem, settings.solver, critic)

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, Noise, StructuredCritic
 from ctrl.algorithms import InverseRL
+from ctrl.device import make_accelerator
 from ctrl.fields import one_of
 from ctrl.lock import locked
 from ctrl.noise import INITIAL, PATH
@@ -394,7 +395,7 @@ def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
     e = tuning.named(e, reward)
     if (e.reward or s.reward) == ENERGY:
         raise ValueError("reward: the energy of a run is not kept beside its pipeline; name another, --reward")
-    s, device = e.over(s, data=e.data, fid_weights=e.fid_weights), Accelerator().device
+    s, device = e.over(s, data=e.data, fid_weights=e.fid_weights), make_accelerator().device
     untuned = pixels.load(s.model, s.revision, s.variant).to(device)
     found = judged(s, pipeline.to(device), untuned, tuning.rewards_of(s, reward)["reward"], pictures_of(s, untuned))
     found.write((e.out or e.run) / "evaluation.json")
@@ -433,7 +434,7 @@ def sample(o: Sample) -> Path:
     """Draw, and write one file a picture and a grid."""
     s, pipeline = tuned(o.run)
     pipeline = pixels.load(s.model, s.revision, s.variant) if o.untuned else pipeline
-    device, name, steps = Accelerator().device, o.sampler or s.eval_sampler, o.steps or s.steps
+    device, name, steps = make_accelerator().device, o.sampler or s.eval_sampler, o.steps or s.steps
     images = pixels.draw(pipeline.to(device), range(o.n), name, steps, s.batch, o.seed)
     out = o.out or o.run / "samples"
     report.keep_all(images, out)

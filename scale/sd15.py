@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, StructuredCritic
 from ctrl.algorithms import DDPO
+from ctrl.device import make_accelerator
 from ctrl.lock import locked
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
@@ -314,7 +315,7 @@ def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
     """Write evaluation.json anew. reward: a function of yours in place of `e.reward`."""
     s, pipeline = tuned(e.run)
     s = tuning.named(e, reward).over(s, other_reward=e.other_reward, eval_prompts=e.prompts, guidance=e.guidance)
-    device = Accelerator().device
+    device = make_accelerator().device
     prompts, rewards = prompt_lists.read(s.eval_prompts or s.prompts), tuning.rewards_of(s, reward, s.other_reward)
     untuned = models.load(s.model, s.revision, s.variant)
     found = judged(s, pipeline.to(device), untuned.to(device), prompts, rewards)
@@ -359,7 +360,8 @@ def sample(o: Sample) -> Path:
     pipeline = models.load(s.model, s.revision, s.variant) if o.untuned else pipeline
     prompts = prompt_lists.read(o.prompts or s.eval_prompts or s.prompts)
     guidance = s.guidance if o.guidance is None else o.guidance
-    drawn = draw(pipeline.to(Accelerator().device), prompts, range(o.n), o.sampler, o.steps, guidance, s.batch, o.seed)
+    pipeline.to(make_accelerator().device)
+    drawn = draw(pipeline, prompts, range(o.n), o.sampler, o.steps, guidance, s.batch, o.seed)
     out = o.out or o.run / "samples"
     report.keep_all(drawn.images, out)
     return out

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ctrl import Solver, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
+from ctrl.device import make_accelerator
 from ctrl.fields import check_fields
 from ctrl.fit import Callback, Conditions, Run, check_processes, fit
 from ctrl.fit import Settings as FitSettings
@@ -262,7 +263,7 @@ LEFT = (
 def accelerator_of(s: Tuning) -> Accelerator:
     """Processes, precision and trackers. The main process says what is trained: to load it takes a while."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
-    accelerator = Accelerator(
+    accelerator = make_accelerator(
         mixed_precision=None if s.precision == "no" else s.precision,
         log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out, kwargs_handlers=[patience],
     )  # fmt: skip

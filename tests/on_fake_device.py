@@ -33,9 +33,11 @@ from ctrl.algorithms import (
 )
 from ctrl.fit import Settings, fit
 from ctrl.rollout import NotFinite
+from ctrl.value import NetworkCritic
 from tests.fake_device import DEVICE, host_syncs
 from toy import catalogue
 from toy.networks import Policy, Value
+from toy.scoreboard import check, score
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -294,3 +296,18 @@ def test_a_problem_of_the_catalogue(name):
     t = torch.full((8,), 0.3, device=DEVICE)
     assert {v.device for v in (kl, reward, entry.value.value(t, path.x[2], cond))} == {DEVICE}
     assert entry.value.grad(t, path.x[2], cond).shape == path.x[2].shape
+
+
+def test_a_policy_that_was_trained_there_is_scored_and_its_algorithm_checked():
+    entry = catalogue.get("gaussian-1d")
+    policy, critic = Policy(entry.problem), NetworkCritic(entry.problem, Value(entry.problem))
+    fit(
+        entry.problem,
+        policy,
+        ActorCritic(),
+        critic=critic,
+        settings=Settings(epochs=1, samples=8, steps=3, progress=False),
+    )
+    found = score(entry, policy, critic, samples=16, steps=5)
+    assert found.regret.mean > 0
+    assert all(finding.right for finding in check(DDPO(), samples=64, epochs=4))

@@ -19,11 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ctrl import grids
 from ctrl.algorithms import Algorithm
+from ctrl.device import make_accelerator
 from ctrl.estimate import Estimate
 from ctrl.fit import Label, Learner, Loss, Run, Settings
 from ctrl.gaussian import Mean
@@ -201,7 +201,7 @@ class _Probe(Run):
         except _Probed:
             self.epoch += 1
             policy: Learner = self.learners["policy"]
-            return -torch.cat([p.grad.flatten() for p in policy.trained if p.grad is not None])
+            return -torch.cat([p.grad.flatten().cpu() for p in policy.trained if p.grad is not None])
         raise ValueError(f'{type(self.algorithm).__name__}.learn never calls run.update("policy", ...)')
 
 
@@ -216,7 +216,7 @@ def gradients(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        run = _Probe(problem, policy, algorithm, critic, None, settings, Accelerator(cpu=True))
+        run = _Probe(problem, policy, algorithm, critic, None, settings, make_accelerator())
         return torch.stack([run.gradient() for _ in range(epochs)])
     finally:
         torch.set_default_dtype(before)
@@ -241,7 +241,7 @@ def check(
             raise
         settings = dataclasses.replace(settings, solver=Exponential())
     gradient = Estimate.of(gradients(problem, policy, algorithm, value, settings, epochs))
-    times, ids = grids.natural(problem, steps), torch.arange(2048)
+    times, ids = grids.natural(problem, steps), torch.arange(2048, device=device_of(policy))
     with torch.no_grad():
         path = rollout(problem, policy, times, Noise(1), ids, solver=Heun(), dtype=torch.float64)
     kl = Estimate.of(algorithm.kl(problem, path, policy).detach())
