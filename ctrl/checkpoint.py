@@ -335,6 +335,11 @@ def fixed(run: Run) -> dict[str, str]:
     return {"reference": identity(getattr(run.problem, "reference", None)), **frozen}
 
 
+def moving(run: Run) -> dict[str, str]:
+    """Digests of the weights that a checkpoint holds, likewise."""
+    return {f"weights of {name}": _digest(_moving(learner.model)) for name, learner in run.learners.items()}
+
+
 def identity(model: Any) -> str:
     """A digest of what a model holds and is not trained, wherever it lies; of anything else, its type."""
     if not isinstance(model, nn.Module):

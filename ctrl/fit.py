@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -605,9 +605,23 @@ def fit(
         raise ValueError("resume needs settings.out, the folder with the checkpoints")
     run = Run(problem, policy, algorithm, critic, conditions, settings, accelerator)
     with locked(settings.out, accelerator):
+        _compare(run, lambda: run.fixed)
         _begin(run, resume, overwrite)
+        _compare(run, lambda: checkpoint.moving(run))
         _train(run, callbacks)
     return Result(policy, critic, run.ema, run.history)
+
+
+def _compare(run: Run, digests: Callable[[], dict[str, str]]) -> None:
+    """Raise unless all processes have the same weights."""
+    if run.accelerator.num_processes == 1:
+        return
+    first, *others = gather_object([digests()])
+    if apart := [name for name in first if any(other.get(name) != first[name] for other in others)]:
+        raise ValueError(
+            f"{', '.join(apart)} must be the same on all {len(others) + 1} processes, and differ: call "
+            f"torch.manual_seed(seed) before the models are made"
+        )
 
 
 def _begin(run: Run, resume: bool, overwrite: bool) -> None:

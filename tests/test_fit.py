@@ -157,6 +157,20 @@ def interrupted(epoch, **case):
     return train(init=8, resume=True, **case)
 
 
+def seeded(seed):
+    """A problem whose reference has weights drawn from that seed."""
+    torch.manual_seed(seed)
+    problem = catalogue.get("mixture-2d").problem
+    return dataclasses.replace(problem, reference=Policy(problem, 16).requires_grad_(False))
+
+
+def apart(**case):
+    """What a run says that has other weights on each process."""
+    with pytest.raises(ValueError) as refused:  # noqa: PT011
+        train(**case)
+    return str(refused.value)
+
+
 def worker(folder, rank, world):
     """One process of several: what it has of every run goes to a file."""
     torch.set_num_threads(1)
@@ -171,6 +185,7 @@ def worker(folder, rank, world):
     (taken / FILE).write_text('{"pid": 7, "host": "elsewhere"}')
     with pytest.raises(ValueError, match="taken by process 7 on elsewhere") as refused:
         train(out=taken)
+    told["apart"] = [apart(**case) for case in ({"init": rank}, {"problem": seeded(rank)})]
     told["refused"], told["left"] = str(refused.value), sorted(file.name for file in Path(folder, "run").iterdir())
     torch.save(told, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -236,6 +251,16 @@ def test_several_processes_hold_one_folder(world):
     runs = together(world)
     assert len({run["refused"] for run in runs}) == 1
     assert all(run["left"] == ["checkpoints", "metrics.jsonl"] for run in runs)
+
+
+def test_processes_that_begin_with_other_weights_are_refused():
+    """By all of them, before anything is simulated."""
+    for run in together(2):
+        learners, reference = run["apart"]
+        assert learners.startswith(
+            "weights of policy, weights of critic must be the same on all 2 processes, and differ"
+        )
+        assert reference.startswith("reference must be the same") and "torch.manual_seed(seed)" in reference
 
 
 # chunks, micro-batches, seeds
