@@ -3,7 +3,7 @@
 a name       animals; for the embedded model shapes, which it draws as asked, shapes-doubtful, which it draws in a wrong
              colour half the time, and shapes-doubtful-more, the same in other words, to train on
 NAME.txt     one prompt a line
-NAME.csv     a column `prompt`; the other columns are metadata
+NAME.csv     a column `prompt`; the other columns are metadata; a prompt with a comma or a line break stands in quotes
 NAME.jsonl   an object a line with a field `prompt`; the other fields are metadata
 anything else is a prompt itself.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from scale import shapes
 
@@ -69,15 +70,16 @@ def read(source: str) -> list[Prompt]:
     if reader is None:
         if not source.strip():
             raise ValueError("prompts must be a file, a prompt, or one of " + ", ".join(NAMES) + "; it is empty")
-        if Path(source).exists() or (" " not in source and ("/" in source or Path(source).suffix)):
+        if os.path.exists(source) or (" " not in source and ("/" in source or Path(source).suffix)):
             raise ValueError(f"prompts: {source!r} must end in {', '.join(_READERS)} to be read as a file")
         if " " not in source and (near := get_close_matches(source, NAMES, 1, 0.75)):
             raise ValueError(f"prompts: {source!r} is no list; did you mean {near[0]!r}? A prompt may stand in a file")
         return [Prompt(source)]
-    if not Path(source).is_file():
+    if not os.path.isfile(source):  # Path.is_file raises where a prompt is too long for a file's name
         raise ValueError(f"prompts: there is no file {source}")
     try:
-        found = reader(Path(source).read_text(encoding="utf-8-sig"), source)
+        with open(source, encoding="utf-8-sig", newline="") as file:  # lines end with \n, \r\n or \r and nothing else
+            found = reader(file, source)
     except UnicodeDecodeError as wrong:
         raise ValueError(f"prompts: {source} is not UTF-8 text ({wrong})") from wrong
     if not found:
@@ -85,17 +87,20 @@ def read(source: str) -> list[Prompt]:
     return found
 
 
-def _lines(text: str, source: str) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in text.splitlines() if line.strip()]
+def _lines(file: TextIO, source: str) -> list[Prompt]:
+    return [Prompt(line.strip()) for line in file if line.strip()]
 
 
-def _csv(text: str, source: str) -> list[Prompt]:
-    return [_prompt(row, f"{source}, row {i}") for i, row in enumerate(csv.DictReader(text.splitlines()), 2)]
+def _csv(file: TextIO, source: str) -> list[Prompt]:
+    try:
+        return [_prompt(row, f"{source}, row {i}") for i, row in enumerate(csv.DictReader(file, strict=True), 2)]
+    except csv.Error as wrong:
+        raise ValueError(f"prompts: {source} is not CSV: {wrong}") from wrong
 
 
-def _jsonl(text: str, source: str) -> list[Prompt]:
+def _jsonl(file: TextIO, source: str) -> list[Prompt]:
     found = []
-    for i, line in enumerate(text.splitlines(), 1):
+    for i, line in enumerate(file, 1):
         if line.strip():
             try:
                 row = json.loads(line)
@@ -109,7 +114,9 @@ def _prompt(row: Any, place: str) -> Prompt:
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"prompts: {place} has no text under `prompt`")
-    return Prompt(text.strip(), {str(k): v for k, v in row.items() if k != "prompt"})
+    if None in row:
+        raise ValueError(f"prompts: {place} has more cells than the first row: a prompt with a comma stands in quotes")
+    return Prompt(text, {str(k): v for k, v in row.items() if k != "prompt"})
 
 
-_READERS: dict[str, Callable[[str, str], list[Prompt]]] = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}
+_READERS: dict[str, Callable[[TextIO, str], list[Prompt]]] = {".txt": _lines, ".csv": _csv, ".jsonl": _jsonl}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -137,6 +138,29 @@ def train(
     task = problem(policy.frozen(), Decoded(pipeline.vae, Brightness(False), differentiable=True, chunk=3), beta=0.1)
     critic = structured(task, prompts)
     return fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=settings(**changes))
+
+
+# prompts
+
+
+def test_many_prompts_are_encoded_in_pieces(pipeline: StableDiffusionPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the same numbers, to rounding; a large table stays in host memory, its rows go where they are used."""
+    device = Accelerator().device
+    pipeline.to(device)
+    texts = [f"{word} {i}" for i in range(40) for word in ("a fox", "an owl")]
+    whole, sizes = Prompts.encode(pipeline, texts), []
+    assert whole.embeds.device == device
+    handle = pipeline.text_encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    monkeypatch.setattr(scale.diffusion, "ENCODED", 32)
+    monkeypatch.setattr(scale.diffusion, "ON_DEVICE", whole.embeds.nbytes)  # the empty prompt is one more
+    parts = Prompts.encode(pipeline, texts)
+    handle.remove()
+    assert sizes == [32, 32, 17] and parts.embeds.device.type == "cpu"
+    ids = torch.tensor([3, 79, 80], device=device)
+    for name in ("embeds", "pooled", "empty"):
+        found, expected = (getattr(table(ids), name) for table in (parts, whole))
+        assert found.device == device
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
 
 # the process
