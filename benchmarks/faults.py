@@ -13,6 +13,7 @@ is wanted, and anything else is not survival.
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import resource
@@ -32,6 +33,7 @@ from typing import Any
 
 import torch
 import tyro
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -47,7 +49,8 @@ from toy.networks import Policy, Value
 NAME = "faults"
 ROOT = Path(__file__).parents[1]
 EPOCHS = 12
-PATIENCE = 300
+EMBEDDED = ROOT / "scale" / "assets" / "tiny-sd.yaml"
+PATIENCE = 900
 """Seconds after which a process that should have ended hangs."""
 
 
@@ -68,7 +71,7 @@ class FaultOptions(Options):
 
 def toy(
     out: Path, *, width: int = 16, reward: Callable[..., Any] | None = None, callbacks: Any = (),
-    algorithm: Algorithm | None = None, **changes: Any,
+    algorithm: Algorithm | None = None, accelerator: Accelerator | None = None, **changes: Any,
 ) -> Result:  # fmt: skip
     """The short run on mixture-2d; it goes on from what is there."""
     torch.manual_seed(0)
@@ -78,7 +81,7 @@ def toy(
     return fit(
         given, Policy(problem, width), algorithm or ActorCritic(3, 3, 64, keep=4),
         critic=NetworkCritic(problem, Value(problem, width)), settings=Settings(out=out, **{**settings, **changes}),
-        callbacks=callbacks, resume=True,
+        callbacks=callbacks, resume=True, accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def toy_process(out: Path, limit: int | None = None, epoch: int = 0, fault: str 
 
 def toy_in_process(out: str, limit: int | None = None, epoch: int = 0, fault: str = "") -> None:
     """What that process does. fault: of the second process's reward in the fourth epoch, "raises" or "not finite"; or
-    "slow", two seconds an epoch from the second on."""
+    "slow", two seconds per epoch from the second on; or "overflow", gradients that float16 cannot hold at any scale."""
     torch.set_num_threads(1)
     good, calls = catalogue.get("mixture-2d").problem.reward, 0
 
@@ -106,7 +109,15 @@ def toy_in_process(out: str, limit: int | None = None, epoch: int = 0, fault: st
         if limit is not None and run.epoch == epoch:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    toy(Path(out), callbacks=[narrow], reward=reward)
+    overflow = {"algorithm": poisoned(lambda *_: 2.0**60), "accelerator": half()} if fault == "overflow" else {}
+    toy(Path(out), callbacks=[narrow], reward=reward, **overflow)
+
+
+def half() -> Accelerator:
+    """float16 on a CPU, where accelerate has neither autocast nor a scaler of gradients."""
+    accelerator = Accelerator(mixed_precision="fp16", cpu=True)
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu")
+    return accelerator
 
 
 def sd_process(out: Path, *changes: str) -> subprocess.Popen[str]:
@@ -400,9 +411,9 @@ def retried(ground: Ground, n: int) -> bool:
 
 
 class Poisoned(ActorCritic):
-    """Its policy's loss is not a number in some updates."""
+    """Its policy's losses are multiplied by factor(epoch, n) in the n-th update of an epoch, n = 1, 2, ..."""
 
-    bad: tuple[int, ...] = ()
+    factor: Callable[[int, int], float] = staticmethod(lambda epoch, n: 1.0)
 
     def learn(self, run: Run) -> None:
         update, done = run.update, 0
@@ -410,8 +421,8 @@ class Poisoned(ActorCritic):
         def poisoned(name: str, loss: Any, nodes: Any, size: int) -> None:
             nonlocal done
             done += name == "policy"
-            sick = name == "policy" and done in self.bad and run.epoch == 5
-            update(name, (lambda n: loss(n) * torch.nan) if sick else loss, nodes, size)
+            factor = self.factor(run.epoch, done) if name == "policy" else 1.0
+            update(name, lambda n: factor * loss(n), nodes, size)
 
         run.update = poisoned  # type: ignore[method-assign]
         try:
@@ -420,11 +431,17 @@ class Poisoned(ActorCritic):
             del run.update
 
 
+def poisoned(factor: Callable[[int, int], float]) -> Poisoned:
+    """With the toy run's own numbers."""
+    algorithm = Poisoned(3, 3, 64, keep=4)
+    object.__setattr__(algorithm, "factor", factor)
+    return algorithm
+
+
 def not_a_number(ground: Ground, n: int, bad: tuple[int, ...]) -> bool:
     """Two updates in a row are left out, named and kept, and the run ends well; three end it."""
     out = ground.place()
-    algorithm = Poisoned(3, 3, 64, keep=4)
-    object.__setattr__(algorithm, "bad", bad)
+    algorithm = poisoned(lambda epoch, n: torch.nan if epoch == 5 and n in bad else 1.0)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         if len(bad) == 3:
@@ -433,6 +450,71 @@ def not_a_number(ground: Ground, n: int, bad: tuple[int, ...]) -> bool:
             right = all(bool(p.isfinite().all()) for p in toy(out, algorithm=algorithm).policy.parameters())
             right = right and sum("policy: the loss is nan at step" in str(w.message) for w in said) == len(bad)
     return right and len(list((out / "not-finite").glob("epoch-000006-policy-*.safetensors"))) == len(bad)
+
+
+def overflow(ground: Ground, n: int) -> bool:
+    """Gradients overflow float16 at every scale: once the scale is below 1 each is a strike, and the third ends the run
+    with an error that names them; the metrics until then are finite, and kept."""
+    out = ground.place()
+    status, said = ended(toy_process(out, fault="overflow"))
+    finite = all(math.isfinite(v) for line in records(out) for v in line.values())
+    right = status == 1 and "policy: the gradient of" in said and "(3 in a row)" in said
+    return right and finite and checkpoint.newest(out) is not None
+
+
+def two_runs(ground: Ground, n: int) -> bool:
+    """The toy run."""
+    return alone(ground, partial(toy_process, fault="slow"), ground.whole, n)
+
+
+def two_runs_sd(ground: Ground, n: int) -> bool:
+    """The embedded Stable Diffusion's."""
+    return alone(ground, sd_process, ground.whole_sd, n)
+
+
+def alone(ground: Ground, make: Callable[[Path], subprocess.Popen[str]], whole: Path, n: int) -> bool:
+    """A second run in the folder of one that is going on, the odd times begun at the same moment: one of them is
+    refused, with the process that holds the folder, and the other ends as if alone."""
+    out = ground.place()
+    runs = [make(out)]
+    if n % 2 == 0:
+        wait_for((out / "metrics.jsonl").exists, runs[0])
+    runs.append(make(out))
+    ends = [ended(run) for run in runs]
+    if sorted(status for status, _ in ends) != [0, 1]:
+        return False
+    (holder,) = (run.pid for run, (status, _) in zip(runs, ends, strict=True) if status == 0)
+    (said,) = (said for status, said in ends if status == 1)
+    return f"is in use by process {holder} on" in said and same(out, whole)
+
+
+def lost_checker(ground: Ground, n: int) -> bool:
+    """The model has a safety checker, whose files are gone when the run ends, or, the odd times, never were there: the
+    run ends well all the same, with a pipeline that diffusers loads and its evaluation."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    model, out = ground.place(), ground.place()
+    shutil.copytree(EMBEDDED.with_suffix(""), model)
+    checker = model / "safety_checker"
+    if n % 2 == 0:
+        small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+        StableDiffusionSafetyChecker(CLIPConfig(vision_config=small, projection_dim=8)).save_pretrained(checker)
+        CLIPImageProcessor().save_pretrained(model / "feature_extractor")
+    index = json.loads((model / "model_index.json").read_text()) | {
+        "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+        "feature_extractor": ["transformers", "CLIPImageProcessor"], "requires_safety_checker": True,
+    }  # fmt: skip
+    (model / "model_index.json").write_text(json.dumps(index))
+    process = sd_process(out, "--config", str(EMBEDDED), "--model", str(model))
+    wait_for((out / "metrics.jsonl").exists, process)
+    shutil.rmtree(checker, ignore_errors=True)
+    if ended(process)[0] or not (out / "evaluation.json").is_file():
+        return False
+    tuned = StableDiffusionPipeline.from_pretrained(out / "pipeline").unet.state_dict()
+    untuned = load_file(model / "unet" / "diffusion_pytorch_model.safetensors")
+    return any(not torch.equal(tuned[name], v) for name, v in untuned.items()) and same(out, ground.whole_sd)
 
 
 def two_processes(ground: Ground, out: Path, fault: str = "") -> subprocess.Popen[str]:
@@ -495,7 +577,7 @@ def faults(o: FaultOptions) -> list[Fault]:
     kills, kills_sd, damages, few = (2, 0, 6, 1) if o.quick else (o.kills, o.kills_sd, o.damages, 3)
     others: dict[str, tuple[str, dict[str, Any]]] = {
         "model": ("shapes = ", {"width": 8}), "seed": ("seed = 0, this run has 1", {"seed": 1}),
-        "algorithm": ("algorithm = ActorCritic, this run has", {"algorithm": Poisoned(3, 3, 64, keep=4)}),
+        "algorithm": ("algorithm = ActorCritic, this run has", {"algorithm": poisoned(lambda *_: 1.0)}),
     }  # fmt: skip
     return [
         Fault("kill -9, toy run", kills, killed),
@@ -515,6 +597,10 @@ def faults(o: FaultOptions) -> list[Fault]:
         Fault("reward: fails, asked again", 1, retried),
         Fault("loss not a number, twice in a row", 1, partial(not_a_number, bad=(1, 2))),
         Fault("loss not a number, three times in a row", 1, partial(not_a_number, bad=(1, 2, 3))),
+        Fault("float16 overflows without end", 1, overflow),
+        Fault("two runs in one folder, toy run", few, two_runs),
+        Fault("two runs in one folder, scale/sd15.py", min(kills_sd, 2), two_runs_sd),
+        Fault("safety checker gone at the end", min(kills_sd, 2), lost_checker),
         Fault("one of two processes killed", 1, dead_worker),
         Fault("reward of one of two processes: raises", 1, partial(one_reward, fault="raises")),
         Fault("reward of one of two processes: not finite", 1, partial(one_reward, fault="not finite")),

@@ -11,7 +11,7 @@ from benchmarks import faults
 from ctrl import checkpoint
 
 QUICK = faults.faults(faults.FaultOptions(quick=True))
-APART = ("kill", "SIG", "disk", "one of two", "reward of one of two")
+APART = ("kill", "SIG", "disk", "one of two", "reward of one of two", "two runs", "float16")
 """Those that need processes of their own."""
 
 
