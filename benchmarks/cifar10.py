@@ -61,7 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "actor-critic": {"options": ("nodes=64", "critic_updates=8", "actor_updates=6", "keep=1", "nats=inf")},
     "td-form": {"options": ("nodes=64", "updates=6", "evaluation.critic_updates=8", "evaluation.nodes=64")},
     "next-value": {"options": ("nodes=64", "updates=6", "evaluation.critic_updates=8", "evaluation.nodes=64")},
-    "ddpo": {"options": ("nodes=64", "passes=1"), "critic": "network"},
+    "ddpo": {"options": ("nodes=64", "passes=1", "clip=0.2"), "critic": "network"},
 }
 TRAINED = "2m"
 """The sampler that is trained."""
@@ -135,7 +135,7 @@ def run(job: Job, store: Path) -> None:
     torch.set_num_threads(1)
     out = store / f"{job.key}.run"
     shutil.rmtree(out, ignore_errors=True)
-    began, s = time.process_time(), job.settings(out)
+    began, s = time.process_time(), job.settings(out).resolved()
     accelerator, seen = tuning.accelerator_of(s), Seen()
     task = cifar10.assemble(s, None, accelerator)
     if job.method is None:

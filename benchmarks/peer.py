@@ -150,7 +150,7 @@ class Ours:
 
         nodes = work.samples * work.steps // work.updates
         same = {
-            "algorithm": "ddpo", "options": ("passes=1", f"nodes={nodes}"), "beta": 0.0, "ema": 0.0,
+            "algorithm": "ddpo", "options": ("passes=1", f"nodes={nodes}", "clip=0.2"), "beta": 0.0, "ema": 0.0,
             "solver": "ddim", "grid": "timesteps", "jitter": 0.0, "steps": work.steps, "samples": work.samples,
             "batch": work.batch, "micro_batch": work.batch, "guidance": work.guidance, "lr": work.lr,
             "seed": work.seed, "other_reward": None,

@@ -73,7 +73,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "options": ("nodes=128", "critic_updates=40", "actor_updates=6", "keep=3", "nats=1"),
     },
     "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=128", "updates=6")},
-    "ddpo": {"algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4, "options": ("nodes=64", "group=4")},
+    "ddpo": {
+        "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4,
+        "options": ("nodes=64", "group=4", "passes=2", "clip=0.2"),
+    },
 }  # fmt: skip
 CASES = [case for case in product(REWARDS, METHODS) if case != ("jpeg-compressibility", "adjoint-matching")]
 """Reward and method; a black box has no adjoint."""

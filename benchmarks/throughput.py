@@ -174,6 +174,7 @@ def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -
 
 def fine_tuning(name: str, module: Any, s: Any, bar: float) -> Subject:
     """One of `scale`'s commands by these settings."""
+    s = s.resolved()
     accelerator = tuning.accelerator_of(s)
     task = module.assemble(s, None, accelerator)
     run = Run(

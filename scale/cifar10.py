@@ -96,6 +96,13 @@ class Settings(Tuning):
     timesteps are whole ones, where diffusers' samplers ask too: with exponential and no jitter the sampler of just
     these steps is trained."""
 
+    samples: int = 256
+    """Pictures an epoch, over all processes."""
+    batch: int = 256
+    """Pictures drawn, and nodes evaluated, at a time on a device."""
+    micro_batch: int = 128
+    """Nodes in one backward pass on a device: of google/ddpm-cifar10-32 each takes 25 MiB in bf16, 49 in float32."""
+
     out: Path = Path("runs/cifar10")
     """The run's folder."""
     eval_sampler: str = "dpmsolver++"
@@ -269,7 +276,8 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
 
 def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, recorded by its name."""
-    s, accelerator = tuning.named(settings, reward), tuning.accelerator_of(settings)
+    s = tuning.named(settings, reward).resolved()
+    accelerator = tuning.accelerator_of(s)
     with locked(s.out, accelerator):
         task = assemble(s, reward, accelerator)
         tuning.begin(s, task, accelerator, "cifar10")
@@ -462,7 +470,7 @@ def main(arguments: list[str]) -> None:
         sample(tyro.cli(Sample, args=rest))
     elif command == "export":
         export(tyro.cli(tuning.Export, args=rest))
-    elif (s := tuning.settings_of(Settings, rest, APART, str(__doc__))).dry_run:
+    elif (s := tuning.settings_of(Settings, rest, APART, str(__doc__)).resolved()).dry_run:
         check(s)
         print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
     else:

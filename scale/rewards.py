@@ -302,9 +302,14 @@ def terms(text: str) -> list[tuple[float, str]]:
     return found
 
 
+def names_of(text: str) -> list[str]:
+    """What a sum names, without weights and models."""
+    return [term.rpartition("*")[2].strip().partition("=")[0] for term in text.split(" + ")]
+
+
 def built_in(text: str) -> bool:
     """Whether all that a sum names is here; anything else is a program, which runs when it is loaded."""
-    return all(term.rpartition("*")[2].strip().partition("=")[0] in NAMES for term in text.split(" + "))
+    return all(name in NAMES for name in names_of(text))
 
 
 def _weight(text: str) -> float:

@@ -156,7 +156,8 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
 
 def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, recorded by its name."""
-    s, accelerator = tuning.named(settings, reward), tuning.accelerator_of(settings)
+    s = tuning.named(settings, reward).resolved()
+    accelerator = tuning.accelerator_of(s)
     with locked(s.out, accelerator):
         task = assemble(s, reward, accelerator)
         tuning.begin(s, task, accelerator, "sd15", left=("lora",))
@@ -392,7 +393,7 @@ def main(arguments: list[str]) -> None:
         sample(tyro.cli(Sample, args=rest))
     elif command == "export":
         export(tyro.cli(Export, args=rest))
-    elif (s := settings_of(rest)).dry_run:
+    elif (s := settings_of(rest).resolved()).dry_run:
         check(s)
         print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
     else:

@@ -14,7 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
+import torch
 import yaml
+from accelerate.utils import parse_flag_from_env
 
 from ctrl import DDIM, Exponential, Heun, Multistep2, Solver, grids
 from ctrl.algorithms import (
@@ -32,16 +34,37 @@ from ctrl.algorithms import (
 )
 from ctrl.fields import check_fields, one_of
 from scale.diffusion import timesteps
+from scale.rewards import names_of
 from scale.samplers import known
 
 ASSETS = Path(__file__).with_name("assets")
 EMBEDDED = ASSETS / "tiny-sd.yaml"
 """Settings for the embedded model, which is trained where there is no CUDA."""
-ALGORITHMS: dict[str, type[Algorithm]] = {
-    "actor-critic": ActorCritic, "ddpo": DDPO, "ppo": PPOPenalty, "ppo-clip": PPOClip,
-    "path-consistency": PathConsistency, "policy-iteration": PolicyIteration, "q-learning": QLearning,
-    "adjoint-matching": AdjointMatching, "td-form": TDForm, "next-value": NextValue,
-}  # fmt: skip
+_CRITIC = ActorCritic(critic_updates=16, actor_updates=0, nodes=128, keep=1)
+ALGORITHMS: dict[str, Algorithm] = {
+    "actor-critic": ActorCritic(critic_updates=16, actor_updates=8, nodes=128, keep=4),
+    "ddpo": DDPO(passes=1, nodes=320, clip=0.9),
+    "ppo": PPOPenalty(updates=8, nodes=128, evaluation=_CRITIC),
+    "ppo-clip": PPOClip(updates=8, nodes=128, evaluation=_CRITIC),
+    "path-consistency": PathConsistency(updates=4, paths=16, keep=4),
+    "policy-iteration": PolicyIteration(rounds=1, critic_updates=32, actor_updates=16, nodes=128),
+    "q-learning": QLearning(critic_updates=16, q_updates=8, nodes=128),
+    "adjoint-matching": AdjointMatching(updates=8, nodes=128),
+    "td-form": TDForm(evaluation=_CRITIC),
+    "next-value": NextValue(evaluation=_CRITIC),
+}
+"""Each with what a large UNet can pay for, where `ctrl`'s own defaults are for toy problems. Drawing 64 images in 20
+steps under guidance takes 2,560 passes of SD v1.5's UNet, the reference at their 1,344 nodes 2,688. An update takes
+three a node and half of guidance (forward, and backward to activations and weights), the slope of a critic two of the
+reference's; an epoch that is kept is asked anew for another 2,688. In passes per epoch of 64 images, in thousands:
+
+    actor-critic  23.7 (ctrl's own: 76.5)    policy-iteration  31.3 (1,043)    path-consistency  16.2 (866)
+    ddpo          20.8 (54.6)                q-learning        30.2 (270)      td-form           17.7 (17.7)
+    ppo           18.3 (213)                 adjoint-matching  14.1 (131)      next-value        21.8 (21.8)
+
+DDPO's clip is the standard deviation of a step's log-ratio at a path KL of ½ N clip² = 8 nats in 20 steps, the trust
+region of the actor-critic. (Public codes clip the mean over 16,384 dimensions at 1e-4, which is the sum at 1.6.)
+"""
 LEARN_VALUES = (
     "actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning", "td-form", "next-value",
 )  # fmt: skip
@@ -74,6 +97,14 @@ FREE = frozenset((
 """What may change when a run is gone on with."""
 
 
+def precision_here() -> str:
+    """As accelerate launch has it; else bf16 where the accelerator is a CUDA device that knows it."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched != "no" or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.cuda.is_available():
+        return launched
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
     """What is trained, on what, and how, whatever the model. A subclass adds what its models have besides, says where
@@ -102,8 +133,8 @@ class Tuning:
     """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form, next-value,
     adjoint-matching (differentiable rewards), or the discrete-time ddpo."""
     options: tuple[str, ...] = ()
-    """The algorithm's own, by the names in ctrl/algorithms, such as `--options nodes=64 keep=4`; those of a part, such
-    as `evaluation.critic_updates=8` of td-form."""
+    """The algorithm's own, over those listed under --help, by the names in ctrl/algorithms, such as
+    `--options nodes=64 keep=4`; those of a part, such as `evaluation.critic_updates=8` of td-form."""
     critic: Literal["structured", "network"] = "network"
     """network: of state, time and prompt; structured: r(x0hat) plus that. A reward with a gradient is then asked, and
     differentiated through the UNet (and a VAE), at every node, which costs accordingly; for a black box a network
@@ -137,17 +168,18 @@ class Tuning:
     """How often pictures are drawn and learned from; with the learning rate's fall, a run cannot be made longer."""
     samples: int = 64
     """Pictures an epoch, over all processes."""
-    lr: float = 1e-5
-    """Learning rate of the UNet, for AdamW; it falls linearly to a tenth."""
+    lr: float | None = None
+    """Learning rate of the UNet, for AdamW; it falls linearly to a tenth. None is 1e-5, or 1e-4 for adapters."""
     critic_lr: float = 1e-3
     """Learning rate of the critic."""
     reward_lr: float = 1e-3
     """Learning rate of a reward that is itself learned."""
     ema: float = 0.0
     """Decay an update of the averaged UNet, which then is what is evaluated and kept; 0 keeps none."""
-    precision: Literal["no", "bf16", "fp16"] = "no"
-    """Of the networks' arithmetic in training (no: float32, or as accelerate launch has it); weights, log-densities,
-    KL and the evaluation are float32 in any case."""
+    precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    """Of the networks' arithmetic in training; no is float32. auto is what accelerate launch --mixed_precision asks
+    for, else bf16 on CUDA and float32 elsewhere; config.json has what it came to. Weights, log-densities and the
+    evaluation are float32 in any case, on CUDA with TensorFloat-32 (NVIDIA_TF32_OVERRIDE=0 turns it off)."""
     gradient_checkpointing: bool = False
     """Less memory, a third more time."""
     eight_bit: bool = False
@@ -216,6 +248,16 @@ class Tuning:
         for name in self.eval_samplers:
             self.check_sampler(name)
         self._check_together()
+
+    def resolved(self) -> Self:
+        """What is left to be chosen is chosen: the settings of a run on this machine, as its config.json has them."""
+        precision = precision_here() if self.precision == "auto" else self.precision
+        return dataclasses.replace(self, precision=precision, lr=self.usual_lr if self.lr is None else self.lr)
+
+    @property
+    def usual_lr(self) -> float:
+        """Of the kind of training."""
+        return 1e-5
 
     def check_sampler(self, name: str) -> None:
         """Raise unless the evaluation can draw by it."""
@@ -330,8 +372,9 @@ class Settings(Tuning):
     """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following or
     following-soft (of the embedded model's pictures; the soft one has a gradient), NAME=MODEL for another model,
     module:function of yours, or "A + 0.1 * B"."""
-    other_reward: str | None = "clip-score"
-    """A second one, looked at in the evaluation and not trained on: it shows what the first one cost."""
+    other_reward: str | None = "auto"
+    """A second one, looked at in the evaluation and not trained on: it shows what the first one cost. auto is
+    clip-score beside pickscore and imagereward, else none."""
     prompts: str = "animals"
     """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), one prompt, or a file: .txt with a
     prompt a line, .csv or .jsonl with a column `prompt`, the others being the reward's metadata."""
@@ -345,13 +388,22 @@ class Settings(Tuning):
     """Classifier-free guidance, of the policy and of the untuned model alike; 1 is none, and halves the cost."""
 
     lora: int = 0
-    """Rank of low-rank adapters on the attention layers, which take about ten times the learning rate; 0 trains every
-    weight of the UNet."""
+    """Rank of low-rank adapters on the attention layers; 0 trains every weight of the UNet."""
 
     out: Path = Path("runs/sd15")
     """The run's folder."""
     eval_headline: int = 25
     """Steps of dpmsolver++ for the evaluation's headline, and of Heun for its path KL."""
+
+    def resolved(self) -> Self:
+        other = self.other_reward
+        if other == "auto":
+            other = "clip-score" if {"pickscore", "imagereward"} & {*names_of(self.reward)} else None
+        return dataclasses.replace(super().resolved(), other_reward=other)
+
+    @property
+    def usual_lr(self) -> float:
+        return 1e-4 if self.lora else super().usual_lr
 
     def conflicts(self) -> dict[str, bool]:
         """Those of all, and of adapters."""

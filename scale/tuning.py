@@ -72,7 +72,7 @@ class Task:
 
 def algorithm_of(s: Tuning, noisy: bool) -> Algorithm:
     """By name, with its options, within a KL budget if there is one."""
-    made = ALGORITHMS[s.algorithm]()
+    made = ALGORITHMS[s.algorithm]
     for option in s.options:
         made = changed(made, *option.partition("=")[::2])
     if not noisy and isinstance(made, ActorCritic):
@@ -260,12 +260,18 @@ LEFT = (
 """What a run writes in its folder, besides its tracker's events and what is its command's own."""
 
 
+def use_tf32() -> None:
+    """On CUDA float32 products are TensorFloat-32, as PyTorch's convolutions are by default."""
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def accelerator_of(s: Tuning) -> Accelerator:
     """Processes, precision and trackers. The main process says what is trained: to load it takes a while."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
+    use_tf32()
     accelerator = make_accelerator(
-        mixed_precision=None if s.precision == "no" else s.precision,
-        log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out, kwargs_handlers=[patience],
+        mixed_precision=s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
+        kwargs_handlers=[patience],
     )  # fmt: skip
     check_processes(accelerator)
     if accelerator.is_main_process:
@@ -289,7 +295,10 @@ def begin(s: Tuning, task: Task, accelerator: Accelerator, name: str, left: Sequ
     if accelerator.is_main_process:
         weights = list(task.policy.parameters())
         every, trained = sum(p.numel() for p in weights), sum(p.numel() for p in weights if p.requires_grad)
-        print(f"{trained / 1e6:.2f} M of {every / 1e6:.2f} M weights, by {s.algorithm} on {s.reward}, in {s.out}")
+        print(
+            f"{trained / 1e6:.2f} M of {every / 1e6:.2f} M weights, by {s.algorithm} on {s.reward}, lr {s.lr:g}, "
+            f"precision {s.precision}, in {s.out}"
+        )
     if s.log_with != "none":
         accelerator.init_trackers(name, {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
 
@@ -518,9 +527,7 @@ def settings_of(kind: type[S], arguments: list[str], apart: Mapping[str, Mapping
 
 def _more() -> str:
     """What `--help` has no line for."""
-    options = [
-        f"    {name:18}" + " ".join(f"{k}={v}" for k, v in _numbers(kind())) for name, kind in ALGORITHMS.items()
-    ]
+    options = [f"    {name:18}" + " ".join(f"{k}={v}" for k, v in _numbers(made)) for name, made in ALGORITHMS.items()]
     first = "--config FILE reads settings from YAML or JSON; the command line goes over them."
     return "\n".join([first, "", "--options, with their defaults:", *options])
 
@@ -537,6 +544,7 @@ def _numbers(what: Any, part: str = "") -> Iterator[tuple[str, Any]]:
 
 def run_command(main: Callable[[list[str]], Any]) -> None:
     """main(arguments); what was asked for wrongly, or failed, is said in a line, and in full if DEBUG is set."""
+    use_tf32()
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()  # scale.models says what is wrong with a model
     try:

@@ -22,6 +22,7 @@ from scale.cifar10 import Evaluate, Sample, Settings, energy_of, evaluate_run, e
 from scale.diffusion import Score, pictures_of
 from scale.evaluate import SEED
 from scale.pretrain import Pretrain, batch_of, factor, loss_of, pretrain
+from scale.settings import Settings as StableDiffusion
 from scale.tuning import Export
 from toy import catalogue
 from toy.networks import Policy
@@ -235,6 +236,12 @@ def test_wrong_tasks_say_so(model, pictures, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         train(short(model, tmp_path / "run", data=pictures, **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_command_has_defaults_of_its_own():
+    """Of small images many are drawn at a time."""
+    s, sd = Settings(), StableDiffusion()
+    assert (s.samples, s.batch, s.micro_batch) == (256, 256, 128) and (sd.batch, sd.micro_batch) == (8, 4)
 
 
 def test_pictures_of_another_size_are_refused(model, tmp_path):

@@ -137,6 +137,58 @@ def test_an_evaluation_has_the_runs_settings_but_for_what_is_asked(tmp_path):
         tuning.Evaluate(tmp_path, grid_samples=1)
 
 
+@pytest.mark.parametrize(
+    "environment, cuda, given, precision",
+    [
+        ({}, None, "auto", "no"),
+        ({}, "old", "auto", "no"),  # such as V100 and T4, which emulate it
+        ({}, "new", "auto", "bf16"),
+        ({}, "new", "no", "no"),
+        (
+            {"ACCELERATE_MIXED_PRECISION": "no"},
+            "new",
+            "auto",
+            "bf16",
+        ),  # what accelerate launch sets if nothing is asked
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "new", "auto", "fp16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, None, "auto", "bf16"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "new", "fp16", "fp16"),
+        ({"ACCELERATE_USE_CPU": "true"}, "new", "auto", "no"),
+    ],
+)
+def test_precision_is_half_on_cuda_unless_another_is_asked_for(environment, cuda, given, precision, monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_CPU"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda is not None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: cuda == "new")
+    assert Mine(precision=given).resolved().precision == precision
+
+
+def test_the_learning_rate_is_that_of_the_kind_of_training():
+    assert (Settings().resolved().lr, Settings(lora=8).resolved().lr, Mine().resolved().lr) == (1e-5, 1e-4, 1e-5)
+    assert Settings(lora=8, lr=3e-6).resolved().lr == 3e-6
+    assert Settings.read(EMBEDDED).resolved().lr == 1.5e-4
+
+
+@pytest.mark.parametrize(
+    "reward, other, expected",
+    [
+        ("pickscore", "auto", "clip-score"),
+        ("0.5 * imagereward + jpeg-compressibility", "auto", "clip-score"),
+        ("mine:pickscore", "auto", None),
+        ("clip-score", "auto", None),
+        ("following", "auto", None),
+        ("mine:f", "clip-score", "clip-score"),
+        ("pickscore", None, None),
+    ],
+)
+def test_a_second_reward_from_the_hub_comes_with_a_first_or_is_asked_for(reward, other, expected):
+    assert Settings(reward=reward, other_reward=other).resolved().other_reward == expected
+    assert Settings(reward=reward).other_reward == "auto"
+
+
 # the parts
 
 
@@ -150,13 +202,13 @@ def test_options_reach_a_part(name, kind):
 
 
 def test_a_box_has_its_own_times_and_its_own_noise(pipeline):
-    s = Mine(solver="diffusers/ddim", reward_lr=0.3, steps=10)
+    s = Mine(solver="diffusers/ddim", reward_lr=0.3, steps=10).resolved()
     box = tuning.solver_of(s, pipeline)
     made = tuning.fit_settings(s, box)
     assert isinstance(box, BlackBox) and (made.grid, made.jitter, made.reward_lr) == (box.grid, 0.0, 0.3)
     noisy = tuning.solver_of(Mine(solver="diffusers/sde-dpmsolver++"), pipeline)
     assert (tuning.eta_of(s, box), tuning.eta_of(s, noisy), tuning.eta_of(Mine(eta=0.5), DDIM())) == (0.0, 1.0, 0.5)
-    own = tuning.fit_settings(Mine(jitter=0.2), tuning.solver_of(Mine(solver="heun"), pipeline))
+    own = tuning.fit_settings(Mine(jitter=0.2).resolved(), tuning.solver_of(Mine(solver="heun"), pipeline))
     assert isinstance(own.solver, Heun) and own.jitter == 0.2 and own.epochs == 3
 
 
@@ -201,7 +253,7 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
 def test_what_an_earlier_run_left_goes_and_the_settings_are_kept(tmp_path, capsys):
     for name in ("checkpoints", "mine", "report.html", "extra", "notes"):
         (tmp_path / name).mkdir()
-    s = Mine(out=tmp_path, overwrite=True, log_with="none", algorithm="td-form")
+    s = Mine(out=tmp_path, overwrite=True, log_with="none", algorithm="td-form").resolved()
     task = tuning.Task(problem=None, policy=torch.nn.Linear(3, 2), learner=None, algorithm=None, critic=None,
                        conditions=None, fit=None)  # fmt: skip
     task.policy.bias.requires_grad_(False)
@@ -300,7 +352,7 @@ def test_help_names_the_file_and_every_option(capsys):
         tuning.settings_of(Settings, ["--help"], {}, "What it does.")
     said = " ".join(capsys.readouterr().out.split())
     assert "--config FILE" in said and "What it does." in said
-    assert "evaluation.critic_updates=12" in said
-    for name, option in (("actor-critic", "keep=16"), ("ddpo", "clip=0.2"), ("adjoint-matching", "lean=True")):
+    assert "evaluation.critic_updates=16" in said
+    for name, option in (("actor-critic", "keep=4"), ("ddpo", "clip=0.9"), ("adjoint-matching", "lean=True")):
         assert option in said
         tuning.algorithm_of(Mine(algorithm=name, options=(option.replace("True", "true"),), solver="ddim"), True)
