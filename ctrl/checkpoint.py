@@ -41,7 +41,7 @@ from ctrl.stops import RunFailed
 if TYPE_CHECKING:
     from ctrl.fit import Run
 
-FORMAT = 3
+FORMAT = 4
 """Of the folder; another one is refused."""
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 

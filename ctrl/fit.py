@@ -287,6 +287,7 @@ class Run:
         self._logged = {}
         if (batch := self._collected()) is not None:
             guards.same_policy(self, batch)
+            self._set_level(batch)
             self.replay.add(batch, self.algorithm.keep)
             self.algorithm.learn(self)
         self._count_what_the_critic_asked()
@@ -294,6 +295,12 @@ class Run:
         metrics = {"epoch": self.epoch, **self.counts, **self._summary(), "seconds": time.perf_counter() - began}
         self.history.append(metrics)
         return metrics
+
+    def _set_level(self, batch: Batch) -> None:
+        """Of a critic that learns: r and r + c must train alike (`ctrl.value`)."""
+        assert batch.trajectory.reward is not None
+        if "critic" in self.learners:
+            self.critic.set_level(self.mean_over_samples(batch.trajectory.reward))
 
     def _count_what_the_critic_asked(self) -> None:
         """A structured critic asks the reward too, wherever V is wanted."""

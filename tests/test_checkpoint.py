@@ -44,8 +44,9 @@ def records(out):
 
 
 def same_run(resumed, whole, out):
-    """Bitwise: parameters of policy, average and critic; metrics, in memory and in the file."""
+    """Bitwise: parameters of policy, average and critic, and the critic's level; metrics, in memory and in the file."""
     assert torch.equal(resumed.parameters, whole.parameters)
+    assert torch.equal(resumed.result.critic.level, whole.result.critic.level)
     assert resumed.history == whole.history
     assert records(out) == whole.history
     for a, b in zip(reversed(resumed.paths), reversed(whole.paths), strict=False):
@@ -193,6 +194,16 @@ def test_the_number_of_processes_must_agree(tmp_path):
     progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 2'))
     (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
     with pytest.raises(ValueError, match="processes = 2, this run has 1"):
+        train(out=tmp_path, resume=True)
+
+
+def test_a_folder_of_another_format_is_refused(tmp_path):
+    train(epochs=1, out=tmp_path)
+    folder = tmp_path / "checkpoints" / "epoch-000001"
+    progress = folder / "progress.json"
+    progress.write_text(progress.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 2'))
+    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
+    with pytest.raises(ValueError, match=f"format = 2, this run has {checkpoint.FORMAT}"):
         train(out=tmp_path, resume=True)
 
 

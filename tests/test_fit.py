@@ -549,6 +549,19 @@ def test_an_exact_critic_is_left_as_it_is():
     assert run.history[0]["policy_loss"] > 0
 
 
+def test_a_critic_takes_its_level_from_the_first_epoch_and_keeps_it():
+    """The mean reward; also in a later run, and of a critic that is not trained none."""
+    built = models()
+    first = train(built=built, samples=23)
+    level = first.history[0]["reward"]
+    assert float(built[1].level) == pytest.approx(level, rel=1e-12) and level != first.history[1]["reward"]
+    train(built=built, seed=1)
+    assert float(built[1].level) == pytest.approx(level, rel=1e-12)
+    policy, fixed = models()
+    train(built=(policy, fixed.requires_grad_(False)), epochs=1)
+    assert float(fixed.level) == 0
+
+
 def test_bfloat16():
     """Networks run in bfloat16, states and parameters stay float32; the averaged policy is a network of its own."""
     torch.set_default_dtype(torch.float32)

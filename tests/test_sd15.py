@@ -480,6 +480,30 @@ def test_a_run_may_name_no_program(run, tmp_path, monkeypatch):
     assert found.samples == 2
 
 
+def test_a_constant_in_the_reward_changes_nothing(tmp_path):
+    """In float32. Around 21 rewards are multiples of 2^-19, and those of an epoch spread by .1, so the critic's targets
+    differ by 1e-5 of their spread. Adam divides each entry of a gradient by its size: the change of a step in the mean
+    square is up to some 4e-5 of it, .6 % of its length, and path KL, quadratic in it, moves by 2 % at the most."""
+
+    def trained(constant):
+        def redness(images, prompts, metadata):
+            return images[:, 0].mean((1, 2)) + constant
+
+        s = short(
+            ASSETS / "tiny-sd", tmp_path / f"{constant}", algorithm="actor-critic", epochs=3, samples=8, steps=4,
+            guidance=1.0, lr=1e-5, critic_lr=1e-2, eval_samples=8, eval_steps=(), pictures_every=0,
+            log_with="none", options=("nodes=16", "critic_updates=40", "actor_updates=2", "keep=2"),
+        )  # fmt: skip
+        return train(s, reward=redness)
+
+    plain, raised = trained(0.0), trained(21.0)
+    assert plain.evaluation.path_kl > 0.01
+    for kl, other in [(m["kl"], n["kl"]) for m, n in zip(plain.history, raised.history, strict=True)]:
+        assert other == pytest.approx(kl, rel=0.02)
+    assert raised.evaluation.path_kl == pytest.approx(plain.evaluation.path_kl, rel=0.02)
+    assert raised.evaluation.gain == pytest.approx(plain.evaluation.gain, rel=0.02, abs=2**-19)
+
+
 # settings
 
 

@@ -61,14 +61,16 @@ def close(a, b, rtol=1e-10, atol=1e-10):
     torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("name", ["network", "reward"])
-def test_one_number_a_sample(name):
+@pytest.mark.parametrize(
+    "name, kind", [("network", StructuredCritic), ("reward", StructuredCritic), ("network", NetworkCritic)]
+)
+def test_one_number_a_sample(name, kind):
     """A column (B, 1) would broadcast to (B, B)."""
     p, x = problem(VPLinear()), states()
     column = {"network": lambda t, x, x0hat, c: x[:, :1]}
     if name == "reward":
         p = replace(p, reward=lambda x, c: x[:, :1])
-    critic = StructuredCritic(p, column.get(name, lambda t, x, x0hat, c: x[:, 0]))
+    critic = kind(p, column.get(name, lambda t, x, x0hat, c: x[:, 0]))
     with pytest.raises(ValueError, match=name):
         critic.value(torch.zeros(len(x)), x)
 
@@ -310,6 +312,37 @@ def trained(p):
     return net
 
 
+@pytest.mark.parametrize("discount", [0.0, 0.7])
+@pytest.mark.parametrize("kind", ["network", "structured", "stand-in"])
+def test_a_level_is_added_to_the_value_and_to_nothing_else(kind, discount):
+    """V = m_t + F or m_t + c_skip (r(x0hat) - m) + c_out F, m_t = e^{-rho (T - t)} m: with a reward raised by m, or a
+    stand-in as it is, V rises by m_t everywhere, the data end included, and grad V stays."""
+    p, x, t, m = replace(problem(VPLinear()), discount=discount), states(), torch.linspace(0, 0.94, 5), 3.0
+    raised, stand_in = replace(p, reward=lambda x, cond: reward(x, cond) + m), StandIn()
+
+    def critic(of):
+        if kind == "network":
+            return NetworkCritic(of, network)
+        return StructuredCritic(of, network, reward=stand_in if kind == "stand-in" else None)
+
+    plain, level = critic(p), critic(raised)
+    level.set_level(torch.tensor(m))
+    close(level.value(t, x) - plain.value(t, x), m * torch.exp(-discount * (0.94 - t)))
+    close(level.value(t, x, 0.3) - plain.value(t, x, 0.3), m * torch.exp(-discount * (0.94 - t)))
+    close(level.grad(t, x), plain.grad(t, x))
+    if kind == "structured":
+        close(level.value(t, x)[-1:], raised.reward(x, None)[-1:])
+    level.set_level(torch.tensor(8.0))  # it is set once
+    assert float(level.level) == m
+
+
+def test_an_exact_critic_has_no_level_to_set():
+    critic, x, t = Quadratic(), states(), torch.full((5,), 0.4)
+    before = critic.value(t, x)
+    critic.set_level(torch.tensor(3.0))
+    assert torch.equal(critic.value(t, x), before)
+
+
 class StandIn(torch.nn.Module):
     """<w, x> + b, plus cond."""
 
@@ -368,7 +401,7 @@ def test_what_a_critic_trains():
 
 @pytest.mark.parametrize("kind", ["network", "structured", "stand-in"])
 def test_state_dict_round_trip(kind):
-    """A critic saved and loaded into a fresh one has the same values and gradients."""
+    """A critic saved and loaded into a fresh one has the same values and gradients, and keeps its level."""
     p, x, t = problem(VPLinear()), states(), torch.full((5,), 0.4)
 
     def make():
@@ -378,7 +411,9 @@ def test_state_dict_round_trip(kind):
         return StructuredCritic(p, net, reward=StandIn() if kind == "stand-in" else None)
 
     first, second = make(), make()
+    first.set_level(torch.tensor(3.0))
     assert not torch.equal(first.value(t, x), second.value(t, x))
     second.load_state_dict(first.state_dict())
+    second.set_level(torch.tensor(8.0))
     assert torch.equal(first.value(t, x), second.value(t, x))
     assert torch.equal(first.grad(t, x), second.grad(t, x))

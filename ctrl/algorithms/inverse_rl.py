@@ -6,7 +6,9 @@ With an energy e = -r, in turn: the energy descends
     E_data[e] - E_samples[e] + squares (E_data[e²] + E_samples[e²]),
 
 the reward of the newest samples is asked again, and another algorithm learns from it. Where both stand still, data and
-samples have the same mean of every direction de/dphi in which the energy can move (up to what the squares do).
+samples have the same mean of every direction de/dphi in which the energy can move (up to what the squares do). The
+squares also say where the energy is zero: without them a constant in it changes nothing, neither here nor in what the
+other algorithm learns.
 
 The problem's reward must be a module (x, cond) -> (B,); `fit` then has an optimiser for it (`Settings.reward_lr`).
 """
