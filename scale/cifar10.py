@@ -191,9 +191,9 @@ def drawn_data(s: Settings, score: Score, pictures: data.Pictures) -> Callable[[
     return of
 
 
-def energy_of(s: Settings) -> StandIn:
-    """Minus the energy, of pictures in [-1, 1]; it tells some from others from the beginning."""
-    made = StandIn(3, width=s.critic_width)
+def energy_of(s: Settings, size: int) -> StandIn:
+    """Minus the energy, of pictures in [-1, 1], `size` a side; it tells some from others from the beginning."""
+    made = StandIn(3, size, width=s.critic_width)
     made.tower.last.reset_parameters()
     return made
 
@@ -213,11 +213,12 @@ class LearnedReward:
 
 def critic_of(s: Settings, task: ScoreAsAction, differentiable: bool) -> Critic:
     """V from states and times; with a black box the structured one learns what to put in its skip."""
-    channels = task.shape[0]
-    network = Value(channels, width=s.critic_width)
+    channels, size, _ = task.shape
+    network = Value(channels, size, width=s.critic_width)
     if s.critic == "network":
         return NetworkCritic(task, network)
-    return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width=s.critic_width))
+    stand_in = None if differentiable else StandIn(channels, size, width=s.critic_width)
+    return StructuredCritic(task, network, reward=stand_in)
 
 
 def inner(s: Settings) -> Settings:
@@ -254,7 +255,10 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
     policy = Score.of(pipeline)
     reference, eta = tuning.reference_of(s, policy, accelerator.device), tuning.eta_of(s, solver)
     torch.manual_seed(s.seed)  # of the first weights of energy and critic
-    reward: Any = energy_of(s) if learned else Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
+    if learned:
+        reward: Any = energy_of(s, pipeline.unet.config.sample_size)
+    else:
+        reward = Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
     task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
     algorithm = tuning.algorithm_of(inner(s) if learned else s, eta > 0)
     if learned:

@@ -5,7 +5,7 @@
     prompts = Prompts.encode(pipeline, ["a fox", "a hare"])
     reward = Decoded(pipeline.vae, image_reward, differentiable=True)
     task = problem(policy.frozen(), reward, beta=0.1)
-    fit(task, policy, ActorCritic(), critic=StructuredCritic(task, Value(4, prompts.width)), conditions=prompts)
+    fit(task, policy, ActorCritic(), critic=StructuredCritic(task, Value(4, 64, prompts.width)), conditions=prompts)
     pipeline.save_pretrained("tuned")
 
 States are latents, D = (C, H, W); of a `DDPMPipeline`, which has no VAE and no prompts, they are pictures in [-1, 1],
@@ -335,10 +335,15 @@ def images_at_a_time(vae: AutoencoderKL, x: Tensor) -> int:
 
 class Tower(nn.Module):
     """Convolutions from latents (B, C, H, W) and features (B, E), if there are any, to numbers (B,). The last layer
-    starts at zero."""
+    starts at zero.
 
-    def __init__(self, channels: int, features: int, width: int = 64, halvings: int = 3) -> None:
+    Latents of `size` a side are halved h times, until at most 4 x 4 places are left, and at least three times; a place
+    then sees 2^(h+1) + 1 latents a side, and the mean over places is taken.
+    """
+
+    def __init__(self, channels: int, size: int, features: int, width: int = 64) -> None:
         super().__init__()
+        halvings = max(3, math.ceil(math.log2(size / 4)))
         self.first = nn.Conv2d(channels, width, 3, padding=1)
         self.shift = nn.Linear(features, width) if features else None
         halve = [(nn.SiLU(), nn.Conv2d(width, width, 3, stride=2, padding=1)) for _ in range(halvings)]
@@ -354,13 +359,13 @@ class Tower(nn.Module):
 
 
 class Value(nn.Module):
-    """F(t, x, x0hat, cond), (B,), for a critic: sees both latents, the time and, where there is one, the pooled
-    prompt."""
+    """F(t, x, x0hat, cond), (B,), for a critic: sees both latents, `size` a side, the time and, where there is one, the
+    pooled prompt."""
 
-    def __init__(self, channels: int, pooled: int = 0, width: int = 64) -> None:
+    def __init__(self, channels: int, size: int, pooled: int = 0, width: int = 64) -> None:
         super().__init__()
         self.time = Timesteps(width, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
-        self.tower = Tower(2 * channels, width + pooled, width)
+        self.tower = Tower(2 * channels, size, width + pooled, width)
 
     def forward(self, t: Tensor, x: Tensor, x0hat: Tensor, cond: Cond | None = None) -> Tensor:
         features = [self.time(t).to(x)] if cond is None else [self.time(t).to(x), cond.pooled.to(x)]
@@ -368,14 +373,14 @@ class Value(nn.Module):
 
 
 class StandIn(nn.Module):
-    """(x, cond) -> (B,): a learned stand-in for a reward without gradient, for `ctrl.StructuredCritic`; or a reward
-    that is learned itself, for `ctrl.algorithms.InverseRL`."""
+    """(x, cond) -> (B,), x of `size` a side: a learned stand-in for a reward without gradient, for
+    `ctrl.StructuredCritic`; or a reward that is learned itself, for `ctrl.algorithms.InverseRL`."""
 
     differentiable = True
 
-    def __init__(self, channels: int, pooled: int = 0, width: int = 64) -> None:
+    def __init__(self, channels: int, size: int, pooled: int = 0, width: int = 64) -> None:
         super().__init__()
-        self.tower = Tower(channels, pooled, width)
+        self.tower = Tower(channels, size, pooled, width)
 
     def forward(self, x: Tensor, cond: Cond | None = None) -> Tensor:
         return self.tower(x, None if cond is None else cond.pooled.to(x))

@@ -92,11 +92,12 @@ def companions_of(s: Settings, pipeline: StableDiffusionPipeline) -> dict[str, A
 
 def critic_of(s: Settings, task: ScoreAsAction, width: int, differentiable: bool) -> Critic:
     """V from latents, times and prompts; with a black box the structured one learns what to put in its skip."""
-    channels = task.shape[0]
-    network = Value(channels, width, s.critic_width)
+    channels, size, _ = task.shape
+    network = Value(channels, size, width, s.critic_width)
     if s.critic == "network":
         return NetworkCritic(task, network)
-    return StructuredCritic(task, network, reward=None if differentiable else StandIn(channels, width, s.critic_width))
+    stand_in = None if differentiable else StandIn(channels, size, width, s.critic_width)
+    return StructuredCritic(task, network, reward=stand_in)
 
 
 def check(s: Settings, given: Reward | None = None) -> tuple[list[Prompt], list[Prompt]]:

@@ -109,7 +109,7 @@ def test_the_energy_is_learned_and_kept(run, model, pictures):
     states = sorted(f.name for f in folder.glob("*.safetensors"))
     assert "model_2.safetensors" in states
     torch.manual_seed(0)
-    first = energy_of(Settings.read(run.out / "config.json")).state_dict()
+    first = energy_of(Settings.read(run.out / "config.json"), 8).state_dict()
     learned = load_file(folder / "model_2.safetensors")
     assert set(first) == set(learned)
     assert all(not torch.equal(v, learned[name]) for name, v in first.items())

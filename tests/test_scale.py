@@ -27,6 +27,7 @@ from ctrl.algorithms import DDPO, ActorCritic, Algorithm
 from ctrl.fit import Result, Run, Settings, fit
 from ctrl.noising import VPTable
 from ctrl.value import Critic, NetworkCritic
+from scale import sd15
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
 from scale.models import SD15_UNET, load
 from scale.prompts import Prompt
@@ -117,8 +118,8 @@ def ends(pipeline: StableDiffusionPipeline, found: dict[str, Tensor]):
 
 
 def structured(task: Problem, prompts: Prompts, stand_in: bool = False) -> Critic:
-    reward = StandIn(4, prompts.width, 8) if stand_in else None
-    return StructuredCritic(task, Value(4, prompts.width, 8), reward=reward)
+    reward = StandIn(4, 8, prompts.width, 8) if stand_in else None
+    return StructuredCritic(task, Value(4, 8, prompts.width, 8), reward=reward)
 
 
 ACTOR_CRITIC = ActorCritic(critic_updates=1, actor_updates=1, nodes=8, keep=1)
@@ -350,7 +351,7 @@ def test_a_black_box_is_learned_from(pipeline: StableDiffusionPipeline, name: st
     before = [p.clone() for p in policy.parameters()]
     task = problem(policy.frozen(), Decoded(pipeline.vae, Brightness(True)), beta=0.1, eta=0.0)
     box, algorithm = sampler(name, pipeline), dataclasses.replace(ACTOR_CRITIC, nats=math.inf)
-    critic = NetworkCritic(task, Value(4, prompts.width, 8))
+    critic = NetworkCritic(task, Value(4, 8, prompts.width, 8))
     plan = settings(solver=box, grid=box.grid, jitter=0.0, steps=3)
     for wrong, message in (({"jitter": 0.3}, "must be the sampler's own"), ({"grid": grids.uniform}, "sampler's own")):
         with pytest.raises(ValueError, match=message):
@@ -446,7 +447,7 @@ def test_an_epoch(pipeline: StableDiffusionPipeline, name: str) -> None:
     reward = Decoded(pipeline.vae, Brightness(not differentiable), differentiable=differentiable, chunk=3)
     task = problem(reference, reward, beta=0.1)
     critic = {
-        "network": lambda: NetworkCritic(task, Value(4, prompts.width, 8)),
+        "network": lambda: NetworkCritic(task, Value(4, 8, prompts.width, 8)),
         "stand_in": lambda: structured(task, prompts, stand_in=True),
         "structured": lambda: structured(task, prompts),
         "ddpo": lambda: None,
@@ -539,6 +540,34 @@ def test_the_trained_unet_goes_back_into_the_pipeline(folder: Path, tmp_path: Pa
         torch.testing.assert_close(draw(again), images[-1], rtol=0, atol=0)
     images.append(draw(tiny(folder, torch.float32)))
     assert not torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+@pytest.mark.parametrize("size, halvings, left", [(8, 3, 1), (32, 3, 4), (64, 4, 4), (96, 5, 3), (128, 5, 4)])
+def test_a_critic_sees_more_of_a_larger_image(size: int, halvings: int, left: int) -> None:
+    """3 x 3 at first, and each halving adds two pixels of its own grid, 1, 2, 4 ... latents apart: 2^(h+1) + 1 a side,
+    33 of 64. That is where the value at the centre has a gradient, before the mean over places is taken."""
+    tower = Value(4, size, width=4).tower
+    x = torch.randn(1, 8, size, size, requires_grad=True)
+    values = tower.down(tower.first(x))
+    assert values.shape[2:] == (left, left)
+    values[0, :, left // 2, left // 2].sum().backward()
+    assert x.grad is not None
+    seen = x.grad[0].abs().sum(0)
+    sides = 2 ** (halvings + 1) + 1
+    for rows in (seen.sum(1), seen.sum(0)):
+        assert int((rows > 0).sum()) == min(sides, size)
+
+
+def test_full_size_has_a_critic_of_that_size(pipeline: StableDiffusionPipeline) -> None:
+    """By the command: 64 latents a side are halved four times, by the critic and by its stand-in."""
+    task = problem(Score.of(pipeline), Decoded(pipeline.vae, Brightness(True)), beta=1.0)
+    task = dataclasses.replace(task, shape=(4, 64, 64))
+    settings = sd15.Settings(model="mine", critic="structured", critic_width=8)
+    critic = sd15.critic_of(settings, task, 16, differentiable=False)
+    assert isinstance(critic, StructuredCritic) and isinstance(critic.stand_in, StandIn)
+    assert isinstance(critic.network, Value)
+    for tower in (critic.network.tower, critic.stand_in.tower):
+        assert tower.down(torch.zeros(1, 8, 64, 64)).shape == (1, 8, 4, 4)
 
 
 # full size
