@@ -57,7 +57,7 @@ def float32(monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def short(model, run, **changes):
+def short(model, run, /, **changes):
     """Two epochs of four pictures."""
     plain = {
         "model": str(model), "reward": "following-soft", "other_reward": "jpeg-compressibility",
@@ -520,7 +520,7 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
         ({"kl": -1.0}, "kl must be > 0"),
         ({"eval_samples": 1}, "eval_samples"),
         ({"options": ("magic=1",)}, "options: ActorCritic has critic_updates"),
-        ({"options": ("nodes=many",)}, "options: nodes must be a number, as in nodes=256, got 'many'"),
+        ({"options": ("nodes=many",)}, "options: nodes must be a number, as in nodes=128, got 'many'"),
         ({"prompts": "not_there.txt"}, "there is no file not_there.txt"),
         ({"reward": "magic"}, "must be one of jpeg-compressibility"),
         ({"model": "./not/there"}, "cannot be had|must be a folder"),
