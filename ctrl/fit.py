@@ -41,6 +41,7 @@ from ctrl.grids import node_weights
 from ctrl.lock import locked
 from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
+from ctrl.processes import sum_in_place
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
 from ctrl.rollout import NotFinite, Trajectory, batch_time, concatenate, rollout
@@ -519,20 +520,11 @@ class Run:
         return self.accelerator.reduce(total)
 
     def _add_up(self, parameters: Sequence[Tensor]) -> None:
-        """Gradients summed over processes, in one message a dtype. Where there is none it is zero, on any number of
-        processes."""
+        """Gradients summed over processes. Where there is none it is zero, on any number of processes."""
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if self.accelerator.num_processes == 1:
-            return
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for p in parameters:
-            assert p.grad is not None
-            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-        for grads in by_dtype.values():
-            flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]))
-            for g, piece in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-                g.copy_(piece.view_as(g))
+        if self.accelerator.num_processes > 1:
+            sum_in_place([p.grad for p in parameters if p.grad is not None])
 
     def any(self, here: bool) -> bool:
         """Whether it is so on any process."""
