@@ -41,7 +41,7 @@ from ctrl.grids import node_weights
 from ctrl.lock import locked
 from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
-from ctrl.processes import sum_in_place
+from ctrl.processes import share_out, sum_in_place
 from ctrl.regularize import kl_rate
 from ctrl.replay import Batch, Nodes, Replay, with_reward
 from ctrl.rollout import NotFinite, Trajectory, batch_time, concatenate, rollout
@@ -428,14 +428,15 @@ class Run:
 
     def deal(self, updates: int, size: int, *, last: int | None = None, label: Label | None = None) -> Iterator[Nodes]:
         """`updates` hands of `size` nodes, counted over all processes, from a shuffled deck of what is in store; node
-        numbers up to `last` (all). Yields this process's share of each.
+        numbers up to `last` (all). Yields this process's equal share of each.
 
         label: what to lay beside the nodes; of many hands at once, so it may not depend on what the updates move. It
             may differentiate a network: it is called with `settings.micro_batch` nodes at a time.
         """
         last, together = self.settings.steps if last is None else last, max(self.settings.batch // size, 1)
-        for drawn, sizes in self.replay.deal(updates, size, 0, last, self._deck, together):
-            nodes = self.labelled(self._ready(drawn), label, size * len(sizes))
+        for held, owner in self.replay.deal(updates, size, 0, last, self._deck, together):
+            drawn, sizes = share_out(held, owner, self.accelerator)
+            nodes = self.labelled(self._ready(drawn), label, owner.numel())
             for n, end in zip(sizes, itertools.accumulate(sizes), strict=True):
                 yield nodes.part(slice(end - n, end))
 

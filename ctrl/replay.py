@@ -163,10 +163,10 @@ class Replay:
 
     def deal(
         self, updates: int, size: int, first: int, last: int, generator: torch.Generator, together: int = 1
-    ) -> Iterator[tuple[Nodes, list[int]]]:
+    ) -> Iterator[tuple[Nodes, Tensor]]:
         """`updates` hands of `size` nodes between `first` and `last` (counted over all processes), from a shuffled
         deck of every node in store; a new deck when one is used up. Yields what this process holds of `together` hands
-        at a time, one after the other, and how many nodes of each."""
+        at a time, one after the other, and which process holds each of their nodes, (hands, size)."""
         nodes = last - first + 1
         population, deck = nodes * self.samples * len(self.batches), torch.empty(0, dtype=torch.int64)
         for done in range(0, updates, together):
@@ -175,8 +175,9 @@ class Replay:
                 deck = torch.cat([deck, torch.randperm(population, generator=generator)])
             hands, deck = deck[:cards], deck[cards:]
             k, sample = hands % nodes + first, hands // nodes
-            mine = sample % self.samples % self.world == self.rank
-            yield self._mine(k[mine], sample[mine]), mine.view(-1, size).sum(1).tolist()
+            owner = sample % self.samples % self.world
+            mine = owner == self.rank
+            yield self._mine(k[mine], sample[mine]), owner.view(-1, size)
 
     def deal_paths(self, updates: int, size: int, generator: torch.Generator) -> Iterator[Batch]:
         """`updates` hands of `size` whole trajectories (counted over all processes) of one epoch, since these share

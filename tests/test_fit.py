@@ -171,6 +171,28 @@ def apart(**case):
     return str(refused.value)
 
 
+class Dealt(Algorithm):
+    """Deals hands of 13 nodes of two epochs, and learns nothing from them."""
+
+    keep = 2
+
+    def __init__(self):
+        self.hands = []
+
+    def learn(self, run):
+        run.lay_actions()
+        for nodes in run.deal(5, 13):
+            assert torch.equal(nodes.cond, nodes.ids % 3)
+            cards = zip(nodes.k.tolist(), nodes.ids.tolist(), strict=True)
+            self.hands.append(dict(zip(cards, torch.cat([nodes.x, nodes["a_old"]], 1), strict=True)))
+
+
+def dealt():
+    """The nodes of every hand, by (k, id)."""
+    train("mixture-2d-conditional", algorithm := Dealt(), samples=10, batch=30, epochs=2)
+    return algorithm.hands
+
+
 def worker(folder, rank, world):
     """One process of several: what it has of every run goes to a file."""
     torch.set_num_threads(1)
@@ -185,6 +207,7 @@ def worker(folder, rank, world):
     (taken / FILE).write_text('{"pid": 7, "host": "elsewhere"}')
     with pytest.raises(ValueError, match="taken by process 7 on elsewhere") as refused:
         train(out=taken)
+    told["dealt"] = dealt()
     told["apart"] = [apart(**case) for case in ({"init": rank}, {"problem": seeded(rank)})]
     told["refused"], told["left"] = str(refused.value), sorted(file.name for file in Path(folder, "run").iterdir())
     torch.save(told, f"{folder}/{rank}.pt")
@@ -251,6 +274,17 @@ def test_several_processes_hold_one_folder(world):
     runs = together(world)
     assert len({run["refused"] for run in runs}) == 1
     assert all(run["left"] == ["checkpoints", "metrics.jsonl"] for run in runs)
+
+
+@worlds
+def test_every_process_has_an_equal_share_of_a_hand(world):
+    """Together they have the nodes that one process has, each with its own state, action and condition."""
+    for whole, *parts in zip(dealt(), *(run["dealt"] for run in together(world)), strict=True):
+        assert [len(part) for part in parts] == [(13 + world - 1 - rank) // world for rank in range(world)]
+        assert {card for part in parts for card in part} == set(whole)
+        for part in parts:
+            for card, v in part.items():
+                close(v, whole[card])
 
 
 def test_processes_that_begin_with_other_weights_are_refused():

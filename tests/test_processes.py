@@ -1,8 +1,26 @@
-"""What processes send one another."""
+"""What processes send one another: equal shares of every hand, and gradients in bounded messages."""
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ctrl import processes
+from ctrl.processes import equal_shares
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))
+def test_shares_differ_by_one_node_and_no_more_travel_than_must(hands, size, world, seed):
+    owner = torch.randint(world, (hands, size), generator=torch.Generator().manual_seed(seed))
+    target = equal_shares(owner, world)
+    for before, after in zip(owner, target, strict=True):
+        held, shares = before.bincount(minlength=world), after.bincount(minlength=world)
+        assert int(shares.max() - shares.min()) == (1 if size % world else 0)
+        assert int((before != after).sum()) == int((held - shares).clamp(min=0).sum())
+
+
+def test_what_is_shared_out_equally_stays():
+    owner = torch.tensor([[0, 1, 2, 0, 1], [2, 1, 0, 1, 0]])
+    assert torch.equal(equal_shares(owner, 3), owner)
 
 
 def test_gradients_travel_in_buckets(monkeypatch):

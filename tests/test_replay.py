@@ -41,7 +41,8 @@ def seeded(seed=0):
 
 def hands(store, updates, size, first, last, generator, together=1):
     """Each hand by itself."""
-    for nodes, sizes in store.deal(updates, size, first, last, generator, together):
+    for nodes, owner in store.deal(updates, size, first, last, generator, together):
+        sizes = (owner == store.rank).sum(1).tolist()
         assert sum(sizes) == len(nodes)
         for n, end in zip(sizes, itertools.accumulate(sizes), strict=True):
             yield nodes.part(slice(end - n, end))
