@@ -27,8 +27,8 @@ from typing import Any, ClassVar, Literal
 import torch
 import tyro
 import yaml
-from accelerate import Accelerator, init_empty_weights
-from diffusers import DDPMPipeline, UNet2DModel
+from accelerate import Accelerator
+from diffusers import DDPMPipeline
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
@@ -43,7 +43,6 @@ from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import data, pixels, report, tuning
 from scale.diffusion import Decoded, Score, StandIn, Value, problem
-from scale.models import not_there
 from scale.pixels import Evaluation
 from scale.pretrain import Pretrain, pretrain
 from scale.rewards import Reward, terms
@@ -368,13 +367,7 @@ image = pipeline(num_inference_steps={s.steps}).images[0]
 
 def needs(s: Settings) -> str:
     """Memory of what is kept for every weight, and network calls, from the model's config alone."""
-    folder = Path(s.model) / "unet"
-    try:
-        config = UNet2DModel.load_config(folder if folder.is_dir() else s.model, revision=s.revision)
-    except OSError as wrong:
-        raise ValueError(not_there(s.model, Path(s.model), s.variant, wrong, "copy it again")) from wrong
-    with init_empty_weights():
-        weights = UNet2DModel.from_config(config).num_parameters()
+    weights = pixels.outline(s.model, s.revision, s.variant).unet.num_parameters()
     reference = 0 if s.offload_reference else weights
     return tuning.needs(s, weights=weights, trained=weights, reference=reference, calls=1, besides="the reward")
 

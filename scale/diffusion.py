@@ -251,11 +251,16 @@ def _disabled(layers: Sequence[Any]) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def sides_of(unet: UNet2DConditionModel | UNet2DModel) -> tuple[int, int]:
+    """Height and width of its latents."""
+    size = unet.config.sample_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
 def problem(reference: Score, reward: Reward, *, beta: float, eta: float = 1.0, gamma: float = 0.0) -> ScoreAsAction:
     """Sampling from the reference as a control problem, from pure noise to timestep 0; at eta = 0, the probability
     flow."""
-    size = reference.unet.config.sample_size
-    shape = (reference.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+    shape = (reference.unet.config.in_channels, *sides_of(reference.unet))
     kind = ScoreAsAction if eta else ProbabilityFlow
     return kind(
         noising=reference.noising, reference=reference, reward=reward, initial=IsotropicNormal(shape), shape=shape,

@@ -30,7 +30,7 @@ from ctrl import Estimate, Heun, Noise, grids, path_kl, rollout
 from ctrl.fit import Conditions
 from ctrl.noise import INITIAL
 from ctrl.problem import ScoreAsAction
-from scale.diffusion import Decoded, Prompts, Score, pictures_of, problem
+from scale.diffusion import Decoded, Prompts, Score, pictures_of, problem, sides_of
 from scale.prompts import Prompt
 from scale.rewards import Reward, ask
 from scale.samplers import sampler
@@ -90,11 +90,10 @@ def draw(
         )
     drawn.scheduler = box.scheduler
     drawn.set_progress_bar_config(disable=True)
-    device, dtype, unet = pipeline.unet.device, pipeline.unet.dtype, pipeline.unet.config
-    size = (unet.sample_size,) * 2 if isinstance(unet.sample_size, int) else unet.sample_size
+    device, dtype, unet = pipeline.unet.device, pipeline.unet.dtype, pipeline.unet
     noise, latents, images, chosen = Noise(seed), [], [], [prompts[i % len(prompts)] for i in ids]
     for k in range(0, len(ids), batch):
-        start = noise.normal(torch.tensor(ids[k : k + batch]), (unet.in_channels, *size), INITIAL)
+        start = noise.normal(torch.tensor(ids[k : k + batch]), (unet.config.in_channels, *sides_of(unet)), INITIAL)
         text = [p.text for p in chosen[k : k + batch]]
         end = drawn(
             text, num_inference_steps=steps, guidance_scale=guidance, latents=start.to(device, dtype),

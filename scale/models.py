@@ -8,18 +8,20 @@ pictures in training, stays out.
 
 from __future__ import annotations
 
+import os
+import re
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)  # fmt: skip
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SD15_UNET: dict[str, Any] = {
@@ -36,24 +38,18 @@ COMPANIONS = ("safety_checker", "feature_extractor")
 
 def load(name: str, revision: str | None = None, variant: str | None = None) -> StableDiffusionPipeline:
     """The pipeline, checked."""
-    where = Path(name)
-    if where.exists():
-        _check_folder(where)
-    options = {"revision": revision} if revision else {}
+    outline(name, revision, variant)
     try:
-        index = StableDiffusionPipeline.load_config(name, **options)
-        _check_kind(name, index)
         pipeline = StableDiffusionPipeline.from_pretrained(
             name, use_safetensors=True, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-            variant=variant, **options,
+            variant=variant, revision=revision,
         )  # fmt: skip
     except OSError as wrong:
-        raise ValueError(not_there(name, where, variant, wrong)) from wrong
+        raise ValueError(not_there(name, variant, wrong)) from wrong
     except ValueError as wrong:
         if variant and "variant" in str(wrong):
-            raise ValueError(f"variant {variant!r}: {name} has no such weights; leave variant out") from wrong
+            raise ValueError(no_variant(name, variant)) from wrong
         raise
-    _check_parts(name, pipeline)
     return pipeline.to(torch.float32)  # transformers keeps the precision of the file
 
 
@@ -99,32 +95,98 @@ def untrained(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     )  # fmt: skip
 
 
-def _check_folder(where: Path) -> None:
-    if not (where / "model_index.json").is_file():
-        hint = " (a single .safetensors or .ckpt file must be converted to a folder first)" if where.is_file() else ""
-        raise ValueError(f"model must be a folder in diffusers' format; {where} has no model_index.json{hint}")
-    if missing := [part for part in PARTS if not (where / part).is_dir()]:
-        raise ValueError(f"model: the folder {where} lacks {', '.join(missing)}; copy it again")
+# ------------------------------------------------------------------------------------------ what can be wrong
 
 
-def _check_kind(name: str, index: Any) -> None:
-    kind = index.get("_class_name") if isinstance(index, dict) else None
-    if kind != "StableDiffusionPipeline":
-        raise ValueError(f"model must be a StableDiffusionPipeline, SD 1.x or 2.x; {name} is a {kind}")
+@dataclass(frozen=True)
+class Outline:
+    """A pipeline as its configs have it, without weights: the networks are on the meta device, and cannot be called.
+
+    Attributes:
+        width: of what the text encoder makes of a prompt; 0 where there are no prompts.
+    """
+
+    unet: Any
+    vae: Any
+    scheduler: Any
+    width: int
 
 
-def _check_parts(name: str, pipeline: StableDiffusionPipeline) -> None:
-    if (channels := pipeline.unet.config.in_channels) != pipeline.vae.config.latent_channels:
+def outline(name: str, revision: str | None = None, variant: str | None = None) -> Outline:
+    """Raise at what is wrong with a model's kind, files and configs, before its weights are loaded."""
+    check_place(name)
+    try:
+        index = StableDiffusionPipeline.load_config(name, revision=revision)
+        if (kind := index.get("_class_name")) != "StableDiffusionPipeline":
+            raise ValueError(f"model must be a StableDiffusionPipeline, SD 1.x or 2.x; {name} is a {kind}")
+        if os.path.isdir(name):
+            if missing := [part for part in PARTS if not (Path(name) / part).is_dir()]:
+                raise ValueError(f"model: the folder {name} lacks {', '.join(missing)}; copy it again")
+            check_weights([Path(name) / part for part in ("unet", "vae", "text_encoder")], variant)
+        with init_empty_weights():
+            unet, vae = (empty(index, part, name, part, revision) for part in ("unet", "vae"))
+        scheduler = empty(index, "scheduler", name, "scheduler", revision)
+        width = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", revision=revision).hidden_size
+    except OSError as wrong:
+        raise ValueError(not_there(name, variant, wrong)) from wrong
+    if (channels := unet.config.in_channels) != vae.config.latent_channels:
         raise ValueError(
-            f"model: the UNet of {name} takes {channels} channels where its VAE makes "
-            f"{pipeline.vae.config.latent_channels}: a model for inpainting needs more than text"
+            f"model: the UNet of {name} takes {channels} channels where its VAE makes {vae.config.latent_channels}: a "
+            f"model for inpainting needs more than text"
         )
-    check_prediction(name, pipeline)
+    sides = unet.config.sample_size
+    if not (isinstance(sides, int) or (isinstance(sides, list | tuple) and len(sides) == 2)):
+        raise ValueError(f"model: the UNet of {name} must have a sample_size, a number or two, got {sides!r}")
+    check_prediction(name, scheduler)
+    return Outline(unet, vae, scheduler, width)
 
 
-def check_prediction(name: str, pipeline: DiffusionPipeline) -> None:
+def check_place(name: str) -> None:
+    """Raise unless a name is a folder in diffusers' format, or could be one of the hub's."""
+    if os.path.exists(name):
+        if not os.path.isfile(os.path.join(name, "model_index.json")):
+            hint = " (a single .safetensors or .ckpt file must be converted to a folder first)"
+            raise ValueError(
+                f"model must be a folder in diffusers' format; {name} has no model_index.json"
+                f"{hint if os.path.isfile(name) else ''}"
+            )
+        return
+    try:
+        validate_repo_id(name)
+    except HFValidationError as wrong:
+        raise ValueError(f"model: there is no folder {name}") from wrong
+
+
+def check_weights(folders: Sequence[Path], variant: str | None, kinds: Sequence[str] = (".safetensors",)) -> None:
+    """Raise unless each folder has weights that are read, of the variant or, beside others of the variant, of none."""
+    found = {folder: _variants(folder, kinds) for folder in folders}
+    for folder, there in found.items():
+        if not there:
+            raise ValueError(f"model: {folder} has no weights in {' or '.join(kinds)}; {SAFE}")
+        if not there & {"", variant}:
+            raise ValueError(f"model: {folder} has weights of variant {min(there)} alone: pass --variant {min(there)}")
+    if variant and not any(variant in there for there in found.values()):
+        raise ValueError(no_variant(str(folders[0].parent), variant))
+
+
+def _variants(folder: Path, kinds: Sequence[str]) -> set[str]:
+    """Of the weights in a folder: fp16 of NAME.fp16.safetensors, and "" of NAME.safetensors, in pieces or not."""
+    stems = (file.name.removesuffix(file.suffix) for file in folder.iterdir() if file.suffix in kinds)
+    return {re.sub(r"-\d{5}-of-\d{5}", "", stem).partition(".")[2] for stem in stems}
+
+
+def empty(index: dict[str, Any], part: str, name: str, subfolder: str | None, revision: str | None) -> Any:
+    """A part of a pipeline by its config alone; its class must be one of diffusers'."""
+    library, kind = index[part]
+    made = getattr(diffusers, kind, None) if library == "diffusers" else None
+    if made is None:
+        raise ValueError(f"model: the {part} of {name} is a {library}.{kind}, which diffusers does not have")
+    return made.from_config(made.load_config(name, subfolder=subfolder, revision=revision))
+
+
+def check_prediction(name: str, scheduler: Any) -> None:
     """Raise unless the network predicts what is known here."""
-    prediction = pipeline.scheduler.config.prediction_type
+    prediction = scheduler.config.prediction_type
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
 
@@ -132,13 +194,18 @@ def check_prediction(name: str, pipeline: DiffusionPipeline) -> None:
 SAFE = "safetensors are needed, pickles are not read"
 
 
-def not_there(name: str, where: Path, variant: str | None, wrong: OSError, hint: str = SAFE) -> str:
-    """What to do about a model that cannot be had; the hint is for a folder that is there."""
+def no_variant(name: str, variant: str) -> str:
+    """What to do without it."""
+    return f"variant {variant!r}: {name} has no such weights; leave variant out"
+
+
+def not_there(name: str, variant: str | None, wrong: OSError, hint: str = SAFE) -> str:
+    """What to do about a model that could not be loaded; the hint is for a folder that is there."""
     first = str(wrong).strip().splitlines()[0]
-    if where.exists():
+    if os.path.exists(name):
         files = f" for variant {variant!r}" if variant else ""
-        return f"model: {where} is not whole{files} ({first}); {hint}"
+        return f"model: {name} is not whole{files} ({first}); {hint}"
     return (
-        f"model: {name} cannot be had ({first}). Is the name right? Where there is no network, run "
-        f"`hf download {name}` on a machine that has one, and give the folder it prints"
+        f"model: there is no folder {name}, and the hub's could not be loaded ({first}). Is the name right? Where "
+        f"there is no network, run `hf download {name}` on a machine that has one, and give the folder it prints"
     )

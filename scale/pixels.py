@@ -8,12 +8,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
@@ -32,7 +34,7 @@ from scale.classifiers import Moments, diversity, features, frechet, histogram
 from scale.data import Pictures
 from scale.diffusion import NO_PROMPT, Decoded, Score, problem
 from scale.evaluate import KL_SAMPLES, SEED, Written, nats
-from scale.models import check_prediction, not_there
+from scale.models import Outline, check_place, check_prediction, check_weights, empty, not_there
 from scale.rewards import Reward, ask
 
 SAMPLERS: dict[str, Any] = {
@@ -48,26 +50,47 @@ NOISY: dict[str, dict[str, str]] = {
 
 def load(name: str, revision: str | None = None, variant: str | None = None) -> DDPMPipeline:
     """The pipeline, checked, in float32: it is what is trained."""
-    where = Path(name)
-    if where.exists() and not (where / "model_index.json").is_file():
-        raise ValueError(f"model must be a folder in diffusers' format; {where} has no model_index.json")
+    outline(name, revision, variant)
+    try:
+        pipeline = DDPMPipeline.from_pretrained(name, revision=revision, variant=variant)
+    except OSError as wrong:
+        raise ValueError(not_there(name, variant, wrong, "copy it again")) from wrong
+    return pipeline.to(torch.float32)
+
+
+def outline(name: str, revision: str | None = None, variant: str | None = None) -> Outline:
+    """Raise at what is wrong with a model's kind, files and configs, before its weights are loaded."""
+    check_place(name)
     try:
         index = DDPMPipeline.load_config(name, revision=revision)
         if (kind := index.get("_class_name")) not in ("DDPMPipeline", "DDIMPipeline"):
             raise ValueError(f"model must be a DDPMPipeline of pictures; {name} is a {kind}")
-        pipeline = DDPMPipeline.from_pretrained(name, revision=revision, variant=variant)
+        with init_empty_weights():
+            unet = _empty(index, "unet", name, revision)
+        box = _empty(index, "scheduler", name, revision)
     except OSError as wrong:
-        raise ValueError(not_there(name, where, variant, wrong, "copy it again")) from wrong
-    if not isinstance(pipeline.unet, UNet2DModel):
-        raise ValueError(f"model must have a UNet2DModel; {name} has a {type(pipeline.unet).__name__}")
-    config = pipeline.unet.config
+        raise ValueError(not_there(name, variant, wrong, "copy it again")) from wrong
+    if os.path.isdir(name):
+        own = Path(name) / "unet"
+        check_weights([own if own.is_dir() else Path(name)], variant, (".safetensors", ".bin"))
+    if not isinstance(unet, UNet2DModel):
+        raise ValueError(f"model must have a UNet2DModel; {name} has a {type(unet).__name__}")
+    config = unet.config
     if (config.in_channels, config.out_channels) != (3, 3) or not isinstance(config.sample_size, int):
         raise ValueError(
             f"model must take and give square pictures of 3 channels; {name} takes {config.in_channels}, gives "
             f"{config.out_channels}, of size {config.sample_size}"
         )
-    check_prediction(name, pipeline)
-    return pipeline.to(torch.float32)
+    check_prediction(name, box)
+    return Outline(unet, None, box, 0)
+
+
+def _empty(index: dict[str, Any], part: str, name: str, revision: str | None) -> Any:
+    """From a folder of its own; the hub's oldest models have all parts in one."""
+    try:
+        return empty(index, part, name, part, revision)
+    except OSError:
+        return empty(index, part, name, None, revision)
 
 
 def scheduler(name: str, pipeline: DDPMPipeline) -> Any:

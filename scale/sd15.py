@@ -39,7 +39,7 @@ from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import models, report, tuning
 from scale import prompts as prompt_lists
-from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
+from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem, sides_of
 from scale.evaluate import Evaluation, Pictures, draw, evaluate
 from scale.prompts import Prompt
 from scale.rewards import Reward, ask, ceiling_of, terms
@@ -118,8 +118,9 @@ def check(s: Settings, given: Reward | None = None) -> tuple[list[Prompt], list[
 
 def try_rewards(pipeline: StableDiffusionPipeline, rewards: dict[str, Reward], *lists: list[Prompt]) -> None:
     """Each of them on a grey picture for the first prompt of each list: what is wrong with one is wrong now."""
-    side = pipeline.unet.config.sample_size * 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
-    grey = torch.full((1, 3, side, side), 0.5, device=pipeline.unet.device)
+    times = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    size = [times * side for side in sides_of(pipeline.unet)]
+    grey = torch.full((1, 3, *size), 0.5, device=pipeline.unet.device)
     with torch.no_grad():
         for reward, prompts in product(rewards.values(), lists):
             ask(reward, grey, prompts[:1])
@@ -268,13 +269,9 @@ image = pipeline("{found.prompt}", guidance_scale={s.guidance:g}).images[0]
 
 def needs(s: Settings) -> str:
     """Memory of what is kept for every weight, and network calls, from the model's config alone."""
-    try:
-        config = UNet2DConditionModel.load_config(s.model, subfolder="unet", revision=s.revision)
-    except OSError as wrong:
-        raise ValueError(models.not_there(s.model, Path(s.model), s.variant, wrong)) from wrong
-    with init_empty_weights():
-        unet = UNet2DConditionModel.from_config(config)
-        if s.lora:
+    unet = models.outline(s.model, s.revision, s.variant).unet
+    if s.lora:
+        with init_empty_weights():
             adapters(unet, s.lora)
     weights = unet.num_parameters()
     trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)

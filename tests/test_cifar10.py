@@ -228,7 +228,7 @@ def test_wrong_settings_say_so(model, tmp_path, changes, message):
         ({"algorithm": "td-form", "options": ("evaluation.actor_updates=1",)}, "as it only fits the critic"),
         ({"fid_weights": "nowhere.pth"}, "there is no file nowhere.pth"),
         ({"reward": "jpeg-compressibility", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),
-        ({"model": "nobody/nothing"}, "cannot be had"),
+        ({"model": "nobody/nothing"}, "could not be loaded"),
     ],
 )
 def test_wrong_tasks_say_so(model, pictures, tmp_path, changes, message):

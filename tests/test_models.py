@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from scale.make_tiny_sd import WORDS, unet, untrained
-from scale.models import companions, load
+from scale.models import companions, load, outline
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,8 @@ def folder(whole, tmp_path) -> Path:
 
 
 def edit(file: Path, **changes) -> None:
-    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**before, **changes}))
 
 
 def test_weights_come_in_float32_and_without_a_safety_checker(whole):
@@ -76,7 +77,7 @@ def test_a_safety_checker_comes_in_a_variant_too(folder):
 
 def test_a_part_that_lacks_a_file(folder):
     (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"is not whole.*safetensors are needed"):
+    with pytest.raises(ValueError, match=r"unet has no weights in \.safetensors; .* pickles are not read"):
         load(str(folder))
 
 
@@ -88,10 +89,23 @@ def test_what_is_no_folder_of_diffusers(tmp_path):
         load(str(tmp_path / "model.ckpt"))
 
 
-def test_a_pipeline_of_another_kind(folder):
-    edit(folder / "model_index.json", _class_name="StableDiffusionXLPipeline")
-    with pytest.raises(ValueError, match="is a StableDiffusionXLPipeline"):
-        load(str(folder))
+OTHERS = {
+    "StableDiffusionXLPipeline": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae"),
+    "StableDiffusion3Pipeline": ("text_encoder", "text_encoder_2", "text_encoder_3", "tokenizer", "transformer", "vae"),
+    "FluxPipeline": ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "vae"),
+    "StableDiffusionInpaintPipeline": ("text_encoder", "tokenizer", "unet", "vae", "safety_checker"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_a_pipeline_of_another_kind(tmp_path, kind):
+    """It is named, whatever parts it has."""
+    for part in ("scheduler", *OTHERS[kind]):
+        (tmp_path / part).mkdir()
+    edit(tmp_path / "model_index.json", _class_name=kind, transformer=["diffusers", "FluxTransformer2DModel"])
+    for work in (load, outline):
+        with pytest.raises(ValueError, match=f"must be a StableDiffusionPipeline, SD 1.x or 2.x; .* is a {kind}"):
+            work(str(tmp_path))
 
 
 def test_an_inpainting_unet(folder):
@@ -112,8 +126,68 @@ def test_a_variant_that_is_not_there(whole):
         load(str(whole), variant="fp16")
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "not there"])
+def test_pickled_weights_alone(folder):
+    """As diffusers wrote them once."""
+    part = UNet2DConditionModel.from_pretrained(folder / "unet")
+    shutil.rmtree(folder / "unet")
+    part.save_pretrained(folder / "unet", safe_serialization=False)
+    assert [file.name for file in (folder / "unet").glob("*.bin")] == ["diffusion_pytorch_model.bin"]
+    for work in (load, outline):
+        with pytest.raises(ValueError, match=r"unet has no weights in \.safetensors; .* pickles are not read"):
+            work(str(folder))
+
+
+def test_weights_of_a_variant_alone(whole, tmp_path):
+    """In pieces or not; beside others, those without a name serve."""
+    pipeline, folder = load(str(whole)), tmp_path / "model"
+    pipeline.save_pretrained(folder, variant="fp16")
+    pipeline.unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="500KB")
+    (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert len(list((folder / "unet").glob("*.safetensors"))) > 1
+    for work in (load, outline):
+        with pytest.raises(ValueError, match="has weights of variant fp16 alone: pass --variant fp16"):
+            work(str(folder))
+        with pytest.raises(ValueError, match="has weights of variant fp16 alone"):
+            work(str(folder), variant="bf16")
+    again = load(str(folder), variant="fp16").unet.state_dict()
+    assert all(torch.equal(v, again[k]) for k, v in pipeline.unet.state_dict().items())
+    pipeline.vae.save_pretrained(folder / "vae")
+    (folder / "vae" / "diffusion_pytorch_model.fp16.safetensors").unlink()
+    load(str(folder), variant="fp16")
+
+
+def test_an_outline_has_no_weights(whole):
+    """And the sizes of the pipeline."""
+    found, pipeline = outline(str(whole)), load(str(whole))
+    assert found.unet.device.type == found.vae.device.type == "meta" and found.width == 64
+    assert found.unet.num_parameters() == pipeline.unet.num_parameters()
+    assert found.unet.config.sample_size == pipeline.unet.config.sample_size
+    assert torch.equal(found.scheduler.betas, pipeline.scheduler.betas)
+
+
+def test_a_part_of_a_class_that_is_not_diffusers(folder):
+    """Which would be imported."""
+    edit(folder / "model_index.json", vae=["mine", "AutoencoderKL"])
+    with pytest.raises(ValueError, match=r"the vae of .* is a mine\.AutoencoderKL, which diffusers does not have"):
+        load(str(folder))
+
+
+def test_a_size_that_is_none(folder):
+    edit(folder / "unet" / "config.json", sample_size=None)
+    with pytest.raises(ValueError, match="must have a sample_size, a number or two, got None"):
+        load(str(folder))
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "no-such-model"])
 def test_a_name_that_cannot_be_had(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match=f"model: {name} cannot be had .*hf download"):
+    with pytest.raises(
+        ValueError, match=f"model: there is no folder {name}, and the hub's could not be loaded .*hf download"
+    ):
+        load(name)
+
+
+@pytest.mark.parametrize("name", ["./not/there", "/not/there", "~/not", "runs/sd15/pipeline", "not there", "mine/"])
+def test_a_path_is_not_looked_for_on_the_hub(name):
+    with pytest.raises(ValueError, match=f"^model: there is no folder {name}$"):
         load(name)

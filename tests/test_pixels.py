@@ -152,8 +152,10 @@ def test_wrong_models_say_so(tmp_path: Path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="has no model_index"):
         pixels.load(str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="model: nobody/nothing cannot be had"):
+    with pytest.raises(ValueError, match="model: there is no folder nobody/nothing, and the hub's could not be loaded"):
         pixels.load("nobody/nothing")
+    with pytest.raises(ValueError, match=r"^model: there is no folder \./nothing$"):
+        pixels.load("./nothing")
     other = tmp_path / "other"
     other.mkdir()
     (other / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
@@ -164,6 +166,27 @@ def test_wrong_models_say_so(tmp_path: Path):
     made.save_pretrained(tmp_path / "sample")
     with pytest.raises(ValueError, match="predicts 'sample'"):
         pixels.load(str(tmp_path / "sample"))
+
+
+def test_weights_are_looked_for_first(tmp_path: Path):
+    """Of a variant; pickled ones serve; and all parts may lie in one folder, as in the hub's oldest models."""
+    made = pipeline()
+    made.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(ValueError, match="unet has weights of variant fp16 alone: pass --variant fp16"):
+        pixels.outline(str(tmp_path / "half"))
+    made.save_pretrained(tmp_path / "old", safe_serialization=False)
+    for file in (*tmp_path.glob("old/unet/*"), *tmp_path.glob("old/scheduler/*")):
+        file.rename(tmp_path / "old" / file.name)
+    for part in ("unet", "scheduler"):
+        (tmp_path / "old" / part).rmdir()
+    for folder, variant in (("half", "fp16"), ("old", None)):
+        found = pixels.outline(str(tmp_path / folder), variant=variant)
+        again = pixels.load(str(tmp_path / folder), variant=variant)
+        assert found.unet.device.type == "meta" and torch.equal(found.scheduler.betas, again.scheduler.betas)
+        assert all(torch.equal(v, again.unet.state_dict()[k]) for k, v in made.unet.state_dict().items())
+    (tmp_path / "old" / "diffusion_pytorch_model.bin").unlink()
+    with pytest.raises(ValueError, match=r"old has no weights in \.safetensors or \.bin"):
+        pixels.outline(str(tmp_path / "old"))
 
 
 # ------------------------------------------------------------------------------------------ sets of pictures

@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil
@@ -523,7 +524,7 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
         ({"options": ("nodes=many",)}, "options: nodes must be a number, as in nodes=128, got 'many'"),
         ({"prompts": "not_there.txt"}, "there is no file not_there.txt"),
         ({"reward": "magic"}, "must be one of jpeg-compressibility"),
-        ({"model": "./not/there"}, "cannot be had|must be a folder"),
+        ({"model": "./not/there"}, "model: there is no folder ./not/there"),
         ({"solver": "diffusers/lcm"}, "is of no use here"),
         ({"solver": "diffusers/magic"}, "sampler must be one of"),
         ({"solver": "diffusers/ddim", "kl": 1.0}, "no KL along its paths|noise"),
@@ -546,7 +547,7 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
 )
 def test_what_cannot_be_is_said_before_training(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        train(short(model, tmp_path / "run", **changes))
+        train(short(**{"model": model, "run": tmp_path / "run", **changes}))
     assert not (tmp_path / "run").exists()
 
 
@@ -578,6 +579,42 @@ def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     weights = UNet2DConditionModel.from_pretrained(model, subfolder="unet").num_parameters()
     assert f"optimiser {8 * weights / 2**30:.2f} GiB" in needs(short(model, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda folder: write(folder / "model_index.json", _class_name="FluxPipeline"), "is a FluxPipeline"),
+        (lambda folder: write(folder / "unet" / "config.json", in_channels=9), "takes 9 channels .* inpainting"),
+        (lambda folder: next((folder / "unet").glob("*.safetensors")).unlink(), "has no weights in .safetensors"),
+        (lambda folder: write(folder / "scheduler" / "scheduler_config.json", prediction_type="sample"), "predicts"),
+        (shutil.rmtree, "model: there is no folder"),
+    ],
+)
+def test_a_dry_run_refuses_the_model_that_a_run_refuses(model, tmp_path, damage, message):
+    damage(folder := Path(shutil.copytree(model, tmp_path / "model")))
+    for work in (
+        lambda: main(["--model", str(folder), "--out", str(tmp_path / "run"), "--dry-run"]),
+        lambda: train(short(folder, tmp_path / "run")),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
+    assert not (tmp_path / "run").exists()
+
+
+def write(file, **changes):
+    """Other values in a JSON file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_images_need_not_be_square(model, tmp_path):
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    write(folder / "unet" / "config.json", sample_size=[8, 12])
+    found = train(short(folder, tmp_path / "run", reward="jpeg-compressibility", epochs=1))
+    assert found.evaluation.path_kl > 0
+    sample(Sample(tmp_path / "run", n=2, steps=2))
+    with Image.open(tmp_path / "run" / "samples" / "0000.png") as drawn:
+        assert drawn.size == (48, 32)
 
 
 def test_a_budget_wraps_the_algorithm(model, tmp_path):
