@@ -36,6 +36,7 @@ from benchmarks.report import (
     Row,
     check_among,
     command_line,
+    device,
     digest,
     kept,
     leave,
@@ -243,14 +244,14 @@ def main(o: CIFAROptions) -> None:
             for j in sorted(runs, key=lambda j: (list(METHODS).index(j.method), j.lr))
         ]  # fmt: skip
         print(table(rows, list(rows[0])))
-        print("->", write(NAME, o, with_commits(rows, runs.values()), began, part="tuning"))
+        print("->", write(NAME, o, with_commits(rows, runs.values()), began, device(), part="tuning"))
         return
     runs = carry_out(jobs_of(o))
     rows = with_commits(list(summarise(runs)), runs.values())
     for panel in ("untuned", "forms"):
         shown = [r for r in rows if r["panel"] == panel]
         print(table(shown, [name for name in shown[0] if name != "panel"]) if shown else f"no {panel}")
-    print(f"-> {write(NAME, o, rows, began)}; drawn by paper_figures/cifar10.py")
+    print(f"-> {write(NAME, o, rows, began, device())}; drawn by paper_figures/cifar10.py")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.report import Options, Row, check_among, command_line, digest, leave, table, with_commits, write
+from benchmarks.report import Options, Row, check_among, command_line, device, digest, leave, table, with_commits, write
 from scale import cifar10, sd15
 from scale.settings import Tuning
 
@@ -82,7 +82,7 @@ def main(o: PictureOptions) -> None:
     print(table(rows, ["run", "epoch", "reward", "path_kl", "file"]))
     rows += [evaluated(name, out) for name, out in outs.items()]
     runs = [json.loads(out.with_suffix(".json").read_text()) for out in outs.values()]
-    path = write(NAME, o, with_commits(rows, runs), began)
+    path = write(NAME, o, with_commits(rows, runs), began, device())
     print(f"-> {path}; drawn by paper_figures/sample_grids.py")
 
 

@@ -6,8 +6,8 @@ that of the code, with "-dirty" where the code differs from it; rows from runs t
 column `commit` of their own. The seconds are those of the last time it was given, without runs that were kept from
 before.
 
-A run is kept under a digest of what decides it (`digest`): its settings, the code and the versions of the packages.
-Where one of them has changed, the run is made anew.
+A run is kept under a digest of what decides it (`digest`): its settings, the code, the versions of the packages and
+the device. Where one of them has changed, the run is made anew.
 """
 
 from __future__ import annotations
@@ -192,8 +192,8 @@ def leave(row: Mapping[str, Any], store: Path, key: str) -> None:
 
 
 def digest(*what: Any) -> str:
-    """Eight digits that change with `what`, with the code and with the versions of the packages."""
-    text = json.dumps([what, code(), versions()], default=_described, sort_keys=True)
+    """Eight digits that change with `what`, with the code, the versions of the packages and the device."""
+    text = json.dumps([what, code(), versions(), named(device())], default=_described, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
@@ -258,6 +258,16 @@ def versions() -> dict[str, str]:
     return found
 
 
+def device() -> str:
+    """Where `scale` trains: on CUDA where there is any."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def named(device: str) -> str:
+    """cpu, or the accelerator's name."""
+    return device if device == "cpu" else torch.cuda.get_device_name(device)
+
+
 def rounded(value: Any) -> Any:
     """A float to six significant digits: finer is noise in a figure and in a diff."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -272,7 +282,7 @@ def write(name: str, options: Options, rows: Sequence[Row], began: float, device
         "commit": COMMIT,
         "seed": options.seed,
         "versions": versions(),
-        "device": device if device == "cpu" else torch.cuda.get_device_name(device),
+        "device": named(device),
         "seconds": round(time.perf_counter() - began, 1),
     }
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in head.items()]

@@ -45,6 +45,7 @@ from benchmarks.report import (
     Row,
     check_among,
     command_line,
+    device,
     digest,
     kept,
     leave,
@@ -294,7 +295,7 @@ def main(o: SDTinyOptions) -> None:
         runs = search(jobs_of(o), carry_out, gain_of, FACTOR, case=lambda job: (job.reward, job.method))
         rows = list(tried(runs))
         print(table(rows, list(rows[0])))
-        print("->", write(NAME, o, with_commits(rows, runs.values()), began, part="tuning"))
+        print("->", write(NAME, o, with_commits(rows, runs.values()), began, device(), part="tuning"))
         return
     runs = carry_out(jobs_of(o))
     whole, half = ({job: r for job, r in runs.items() if job.half == is_half} for is_half in (False, True))
@@ -303,7 +304,7 @@ def main(o: SDTinyOptions) -> None:
     print(table(learning, list(learning[0])))
     print(table(samplers, [name for name in samplers[0] if name != "panel"]))
     rows = with_commits([*learning, *samplers, *curves(whole)], runs.values())
-    path = write(NAME, o, rows, began)
+    path = write(NAME, o, rows, began, device())
     draw(rows).savefig(path.with_suffix(".png"), dpi=150)
     print(f"-> {path}, {path.with_suffix('.png').name}")
 

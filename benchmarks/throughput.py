@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 from benchmarks.gpu import OUT_OF_MEMORY, gpu
 from benchmarks.peer import environment
 from benchmarks.race import peer, race
-from benchmarks.report import COMMIT, Options, Row, check_among, command_line, table, write
+from benchmarks.report import COMMIT, Options, Row, check_among, command_line, device, table, write
 from benchmarks.scaling import scaling
 from benchmarks.timing import Comparison, Passes, Profile, interleaved, patched
 from ctrl import DDIM, EulerMaruyama, NetworkCritic, Noise, ScoreAsAction, grids, rollout
@@ -330,7 +330,7 @@ def main(o: ThroughputOptions) -> None:
                     print(table(some, columns))
             rows = others(rows, found) + found
             broken += [str(row["case"]) for row in found if row.get("failed") not in (None, OUT_OF_MEMORY)]
-            written = write(NAME, o, rows, began, part="tuning" if o.tune else "")
+            written = write(NAME, o, rows, began, device(), part="tuning" if o.tune else "")
     print("->", written)
     if broken:
         raise ValueError(f"gpu: failed, for the reasons above: {'; '.join(broken)}")

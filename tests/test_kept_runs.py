@@ -6,12 +6,14 @@ import math
 import subprocess
 import sys
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from benchmarks import algorithms, cifar10, critics, pictures, race, report, sd_tiny, throughput
-from ctrl.algorithms import ActorCritic
+from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, NextValue, TDForm
+from scale import tuning
 from scale.settings import Settings
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,18 @@ def test_a_results_file_has_the_commit(tmp_path):
     head = json.loads(report.write("any", report.Options(out=tmp_path), [{"a": 1}], 0.0).read_text())
     assert head["commit"] == report.commit_of(ROOT)
     assert head["commit"] is None or head["commit"].startswith(git(ROOT, "rev-parse", "HEAD"))
+
+
+@pytest.mark.parametrize("name", ["sd_tiny", "cifar10", "pictures", "throughput"])
+def test_results_name_the_device_that_scale_trains_on(name, tmp_path, monkeypatch):
+    """And runs of another device are others."""
+    module = import_module(f"benchmarks.{name}")
+    before = TINY.key
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report.torch.cuda, "get_device_name", lambda device: f"an accelerator, {device}")
+    assert module.device() == "cuda" and TINY.key != before
+    file = report.write(name, report.Options(out=tmp_path), [{"a": 1}], 0.0, module.device())
+    assert json.loads(file.read_text())["device"] == "an accelerator, cuda"
 
 
 def test_rows_of_runs_of_another_commit_say_which(monkeypatch):
@@ -196,6 +210,27 @@ def test_pictures_are_of_their_settings(tmp_path, monkeypatch):
         file.write_text(f"model: any\nbeta: {beta}\n")
         pictures.carry_out("sd15", tmp_path, quick=False)
     assert made == [(0.1, False), (0.2, False)]
+
+
+def test_the_methods_that_are_compared_are_those_of_the_committed_results():
+    """Whatever defaults an algorithm has: its own options say all that differs between them."""
+    found = {
+        name: tuning.algorithm_of(replace(TINY, method=name, images=1600).settings(Path()), True)
+        for name in sd_tiny.METHODS
+    }
+    assert found == {
+        "actor-critic": ActorCritic(critic_updates=40, actor_updates=6, nodes=128, keep=3, trace=3.0, nats=1.0),
+        "adjoint-matching": AdjointMatching(updates=6, nodes=128, lean=True),
+        "ddpo": DDPO(passes=2, nodes=64, clip=0.2, group=4),
+    }
+    found = {name: tuning.algorithm_of(replace(FORM, method=name).settings(Path()), True) for name in cifar10.METHODS}
+    critic = ActorCritic(critic_updates=8, actor_updates=0, nodes=64, keep=1, trace=3.0)
+    assert found == {
+        "actor-critic": ActorCritic(critic_updates=8, actor_updates=6, nodes=64, keep=1, trace=3.0, nats=math.inf),
+        "td-form": TDForm(updates=6, nodes=64, evaluation=critic),
+        "next-value": NextValue(updates=6, nodes=64, evaluation=critic),
+        "ddpo": DDPO(passes=1, nodes=64, clip=0.2),
+    }
 
 
 # ------------------------------------------------------------------------------------------ a search
