@@ -46,8 +46,8 @@ from scale.diffusion import Score
 
 LEAN: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": True}
 CASES: dict[str, dict[str, Any]] = {
-    "float32": {"precision": "no"},
-    "bf16": {"precision": "bf16"},
+    "the defaults": {},
+    "float32 with TensorFloat-32": {"precision": "no"},
     "bf16, channels last": {"precision": "bf16", "channels_last": True},
     "bf16, compiled": {"precision": "bf16", "compile": True},
     "bf16, checkpointing": LEAN,
