@@ -36,13 +36,13 @@ from ctrl import checkpoint, grids, guards
 from ctrl.algorithms.base import Algorithm
 from ctrl.device import check_device, make_accelerator
 from ctrl.fields import check_fields
-from ctrl.gaussian import GaussianPolicy
-from ctrl.grids import node_weights
+from ctrl.gaussian import GaussianPolicy, Mean
 from ctrl.lock import locked
 from ctrl.noise import GRID, Noise
+from ctrl.precision import FEW, few_of, full, precision_of
 from ctrl.problem import Problem
 from ctrl.processes import share_out, sum_in_place
-from ctrl.regularize import kl_rate
+from ctrl.regularize import actions_kl
 from ctrl.replay import Batch, Nodes, Replay, with_reward
 from ctrl.rollout import NotFinite, Trajectory, batch_time, concatenate, rollout
 from ctrl.solvers import Heun, Solver
@@ -265,8 +265,21 @@ class Run:
                 f"policy has nothing to train: it must be a torch.nn.Module with parameters that require a gradient, "
                 f"got {type(model).__name__}"
             )
+        forward = model.forward
         self.accelerator.prepare_model(model, evaluation_mode=True)
+        if self.accelerator.native_amp:  # accelerate's forward would round even where autocast is off
+            model.forward = forward
         return Learner(model, self.accelerator.prepare_optimizer(self.settings.optimizer(trained, lr=lr)), lr)
+
+    @property
+    def precision(self) -> str:
+        """Of the networks' arithmetic: no is float32."""
+        return precision_of(self.accelerator)
+
+    @property
+    def measured(self) -> int:
+        """Paths an epoch along which a KL is measured, over all processes."""
+        return self.settings.samples if self.precision == "no" else min(FEW, self.settings.samples)
 
     @property
     def critic(self) -> Critic:
@@ -406,10 +419,34 @@ class Run:
         batch.lay("a_ref", self.at_nodes(self.problem.reference, batch) if a_ref is None else a_ref)
         if self.problem.noiseless:
             return
-        t, _, _ = batch.trajectory.flat()
-        rate = kl_rate(self.problem, t, batch.fields["a_old"].flatten(0, 1), batch.fields["a_ref"].flatten(0, 1))
-        w = node_weights(batch.trajectory.w).to(rate)
-        self.log("kl", (w[:, None] * rate.view(len(w), -1)).sum(0))
+        self._lay_probe(batch)
+        self.log_kl("kl", self.probe.fields["a_old"], self.probe.fields["a_ref"])
+
+    def _lay_probe(self, batch: Batch) -> None:
+        """What a KL is measured along: the batch, and below float32 a few of its paths, with the actions of policy and
+        reference in float32."""
+        self.probe = batch
+        if self.precision == "no":
+            return
+        few = few_of(self.settings.samples, Noise(self.settings.seed, self.epoch))
+        self.probe = batch.take(few[few % self.replay.world == self.replay.rank] // self.replay.world)
+        self.probe.lay("a_old", self.at_probe(self.policy))
+        self.probe.lay("a_ref", self.at_probe(self.problem.reference))
+
+    def at_probe(self, f: Mean) -> Tensor:
+        """f at the nodes of the paths along which a KL is measured, (N+1, b, *D'), in float32."""
+        if self.probe.samples:
+            return self.at_nodes(full(self.accelerator.device)(f), self.probe, samples=self.measured)
+        self.counts["network_calls"] += self.measured * (self.probe.steps + 1)  # the other processes' calls
+        return self.probe.fields["a_old"]
+
+    def log_kl(self, name: str, a: Tensor, other: Tensor) -> None:
+        """The path KL between actions at the nodes of `probe`, (N+1, b, *D') each, and its standard error."""
+        nats, n = actions_kl(self.problem, self.probe.trajectory, a, other), self.measured
+        mean = self.mean_over_samples(nats, n)
+        self.log(name, mean)
+        if n > 1:
+            self.log(f"{name}_se", (self.mean_over_samples((nats - mean).square(), n) / (n - 1)).sqrt())
 
     def _acted(self, batch: Batch) -> Tensor:
         """The policy at the nodes, (N+1, B, *D'): as the rollout recorded it, and at the last node, where it did not
@@ -547,9 +584,9 @@ class Run:
             checkpoint.save(self)
             self.kept = self.epoch
 
-    def mean_over_samples(self, v: Tensor) -> Tensor:
-        """The mean of v, (..., B), over the samples of all processes, (...)."""
-        return self.accelerator.reduce(v.sum(-1)) / self.settings.samples
+    def mean_over_samples(self, v: Tensor, samples: int | None = None) -> Tensor:
+        """The mean of v, (..., B), over the samples of all processes, (...); `samples` of them, if not an epoch's."""
+        return self.accelerator.reduce(v.sum(-1)) / (samples or self.settings.samples)
 
     def mean_over_others(self, v: Tensor, group: int) -> Tensor:
         """For each sample the mean of v, (..., B), over the others of its group: `group` samples with ids in a row, on

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ctrl.gaussian import Mean
+from ctrl.grids import node_weights
 from ctrl.linop import broadcast, dot, same_shape
 from ctrl.problem import Problem
 from ctrl.rollout import Trajectory, batch_times
@@ -48,6 +49,13 @@ def path_kl(problem: Problem, trajectory: Trajectory, policy: Mean, reference: M
     """
     reference = reference or problem.reference
     return trajectory.integrate(lambda t, x, cond: kl_rate(problem, t, policy(t, x, cond), reference(t, x, cond)))
+
+
+def actions_kl(problem: Problem, trajectory: Trajectory, a: Tensor, a_ref: Tensor) -> Tensor:
+    """The same of actions given at the nodes, (N+1, B, *D') each, (B,)."""
+    t, _, _ = trajectory.flat()
+    rate = kl_rate(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).view(a.shape[:2])
+    return (node_weights(trajectory.w).to(rate)[:, None] * rate).sum(0)
 
 
 def adapted(weight: float, measured: Sequence[float], aim: float, gain: float = 0.5, limit: float = 2.0) -> float:

@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 import ctrl.algorithms
-from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl
+from ctrl import DDIM, Estimate, EulerMaruyama, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl
 from ctrl.algorithms import (
     DDPO,
     ActorCritic,
@@ -193,6 +193,17 @@ def dealt():
     return algorithm.hands
 
 
+def half():
+    """The metrics of a first epoch in bf16, of a policy that is not the reference."""
+    AcceleratorState._reset_state()
+    torch.set_default_dtype(torch.float32)
+    policy, critic = models()
+    nn.init.normal_(policy.network.layers[-1].weight, std=0.1)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    (metrics,) = train(built=(policy, critic), epochs=1, accelerator=accelerator).history
+    return metrics
+
+
 def worker(folder, rank, world):
     """One process of several: what it has of every run goes to a file."""
     torch.set_num_threads(1)
@@ -210,6 +221,7 @@ def worker(folder, rank, world):
     told["dealt"] = dealt()
     told["apart"] = [apart(**case) for case in ({"init": rank}, {"problem": seeded(rank)})]
     told["refused"], told["left"] = str(refused.value), sorted(file.name for file in Path(folder, "run").iterdir())
+    told["half"] = half()
     torch.save(told, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
@@ -257,6 +269,16 @@ def test_the_number_of_processes_changes_nothing(name, world):
         close(torch.cat([p["x"] for p in parts], 1)[:, ids.argsort()], path["x"])
         close(torch.cat([p["reward"] for p in parts])[ids.argsort()], path["reward"])
         assert all(torch.equal(p["t"], path["t"]) for p in parts)
+
+
+@worlds
+def test_kl_in_float32_is_that_of_one_process(world):
+    """Below float32 it is measured along the same few paths, whoever holds them."""
+    one = half()
+    for run in together(world):
+        for name in ("kl", "kl_se"):
+            assert run["half"][name] == pytest.approx(one[name], rel=0.02)  # states are those of a bf16 policy
+        assert run["half"]["network_calls"] == one["network_calls"]
 
 
 @worlds
@@ -504,7 +526,7 @@ def test_metrics_by_hand():
     assert (first["reward_calls"], second["reward_calls"]) == (24 + asked, 48 + 2 * asked + nodes)
     assert list(first) == [
         "epoch", "trajectories", "network_calls", "reward_calls", "reward", "reward_std", "spread", "kl",
-        "critic_loss", "critic_grad_norm", "policy_loss", "policy_grad_norm", "seconds",
+        "kl_se", "critic_loss", "critic_grad_norm", "policy_loss", "policy_grad_norm", "seconds",
     ]  # fmt: skip
     assert 0 < first["seconds"] < 60
 
@@ -519,7 +541,9 @@ def test_reward_and_kl_are_those_of_the_batch(name, solver):
     def look(run, metrics):
         path = run.replay.batches[-1].trajectory
         path = dataclasses.replace(path, cond=entry.condition(path.ids))
-        seen.append((metrics["kl"], float(path_kl(entry.problem, path, policies[-1]).mean())))
+        nats = Estimate.of(path_kl(entry.problem, path, policies[-1]))
+        seen.append((metrics["kl"], float(nats.mean)))
+        assert metrics["kl_se"] == pytest.approx(float(nats.stderr), rel=1e-10, abs=1e-14)
         reward = entry.problem.reward(path.x[-1], path.cond)
         assert metrics["reward"] == pytest.approx(float(reward.mean()), rel=1e-12)
         assert metrics["reward_std"] == pytest.approx(float(reward.std(correction=0)), rel=1e-12)

@@ -1,6 +1,9 @@
 """Half precision: overflows, what is measured in float32, and the same policy in rollouts and updates."""
 
+import copy
+import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +11,14 @@ from accelerate import Accelerator
 from test_fit import Once, fresh_engine, models, squares, train  # noqa: F401
 from torch import nn
 
+from ctrl import Estimate, NetworkCritic, Noise, path_kl
+from ctrl.algorithms import ActorCritic, Algorithm, PPOClip, PPOPenalty
+from ctrl.fit import Run, Settings
+from ctrl.precision import FEW, few_of, full, precision_of
+from ctrl.replay import Replay
 from ctrl.rollout import NotFinite
+from toy import catalogue
+from toy.networks import Perceptron, Value
 
 
 @pytest.fixture(autouse=True)
@@ -64,3 +74,113 @@ def test_overflows_without_end_are_strikes_once_the_scale_is_below_one(fused):
     assert len(seen) == 18 and len([w for w in said if "left out" in str(w.message)]) == 2
     assert [metrics["overflows"] for metrics in seen] == [*range(1, 19)]
     assert all(math.isfinite(v) for metrics in seen for v in metrics.values())
+
+
+# KL in float32
+
+
+class Whole(nn.Module):
+    """A score that is a network's output alone, as of a large model."""
+
+    def __init__(self, problem, hidden=32):
+        super().__init__()
+        self.network = Perceptron(problem, 16, hidden)
+        nn.init.kaiming_normal_(self.network.layers[-1].weight)
+
+    def forward(self, t, x, cond=None):
+        return self.network(t, x, x, cond)
+
+
+def whole(**settings):
+    """What `train` needs for a policy whose reference is a copy of it, with the critic of an actor-critic."""
+    problem = catalogue.get("gaussian-16d").problem
+    policy = Whole(problem)
+    problem = dataclasses.replace(problem, reference=copy.deepcopy(policy).requires_grad_(False))
+    critic = NetworkCritic(problem, Value(problem, 16))
+    return {"problem": problem, "built": (policy, critic), "lr": 1e-6, "epochs": 3, **settings}
+
+
+def float32_kl(problem, batch, policy, other, few):
+    """The path KL of two policies along a few paths of a batch, in float32."""
+    with torch.no_grad():
+        return Estimate.of(path_kl(problem, batch.take(few).trajectory, policy, other))
+
+
+CRITIC = ActorCritic(critic_updates=1, actor_updates=0, nodes=64, keep=1)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [ActorCritic(1, 2, 64), PPOPenalty(updates=2, nodes=64, evaluation=CRITIC), PPOClip(0.5, 2, 64, CRITIC)],
+    ids=lambda a: type(a).__name__,
+)
+def test_kl_is_measured_in_float32_along_a_few_paths(algorithm):
+    """kl and PPO's step_kl are path KLs of the policies before and after the epoch; bf16 has some .04 nats more."""
+    given = whole(algorithm=algorithm, accelerator=engine("bf16"))
+    problem, policies = given["problem"], [copy.deepcopy(given["built"][0])]
+
+    def look(run, metrics):
+        few, batch = few_of(24, Noise(0, run.epoch - 1)), run.replay.batches[-1]
+        policies.append(copy.deepcopy(run.policy))
+        kls = {"kl": (policies[-2], problem.reference), "step_kl": policies[:-3:-1]}
+        for name in kls.keys() & metrics.keys():
+            nats = float32_kl(problem, batch, *kls[name], few)
+            assert metrics[name] == pytest.approx(float(nats.mean), rel=1e-3, abs=1e-9)
+            assert metrics[f"{name}_se"] == pytest.approx(float(nats.stderr), rel=1e-3, abs=1e-9)
+
+    train(callbacks=[look], **given)
+    assert len(policies) == 4
+
+
+class Still(Algorithm):
+    """Learns nothing."""
+
+    def learn(self, run):
+        run.lay_actions()
+
+
+@pytest.mark.parametrize("world", [3, 2 * FEW])
+def test_any_number_of_processes_measures_along_the_same_paths(world):
+    """The shares of the mean that processes hold, some of them none, add up to that of one process."""
+
+    def share(rank, world):
+        torch.manual_seed(0)
+        given = whole()
+        nn.init.normal_(given["built"][0].network.layers[-1].bias, std=0.1)
+        settings = Settings(samples=24, steps=6, progress=False)
+        run = Run(given["problem"], given["built"][0], Still(), None, None, settings, engine("bf16"))
+        run.replay = Replay(24, rank, world)
+        metrics = run.step_epoch()
+        return metrics["kl"], metrics["network_calls"]
+
+    (kl, calls), shares = share(0, 1), [share(rank, world) for rank in range(world)]
+    assert sum(part for part, _ in shares) == pytest.approx(kl, rel=0.02)  # states are those of a bf16 policy
+    assert {n for _, n in shares} == {calls} and (min(shares)[0] == 0) == (world > FEW)
+
+
+def test_few_paths_are_drawn_by_seed_and_epoch_and_spread_over_processes():
+    for samples in (1, 3, 4, 5, 9, 64):
+        few = few_of(samples, Noise(0, 1))
+        assert few.tolist() == few_of(samples, Noise(0, 1)).tolist()
+        assert len(set(few.tolist())) == min(samples, FEW) and 0 <= int(few.min()) <= int(few.max()) < samples
+        for processes in (2, FEW, 2 * FEW):
+            at_most = -(-len(few) // min(processes, FEW))
+            assert int((few % processes).bincount().max()) <= at_most
+    assert len({tuple(few_of(64, Noise(0, epoch)).tolist()) for epoch in range(9)}) == 9
+
+
+def test_full_precision_has_neither_autocast_nor_tf32_and_leaves_both_as_they_were():
+    matmul, conv, x = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.ones(2, 2)
+    before = matmul.fp32_precision, conv.fp32_precision
+    on_cuda = SimpleNamespace(native_amp=False, device=torch.device("cuda"))
+    try:
+        matmul.fp32_precision = conv.fp32_precision = "tf32"
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with full(torch.device("cpu")):
+                assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+                assert precision_of(on_cuda) == "no" and (x @ x).dtype == torch.float32
+            assert (x @ x).dtype == torch.bfloat16
+        assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "tf32")
+        assert precision_of(on_cuda) == "tf32" and precision_of(engine("bf16")) == "bf16"
+    finally:
+        matmul.fp32_precision, conv.fp32_precision = before

@@ -64,16 +64,13 @@ class PPO(Algorithm, ABC):
 
     def learn(self, run: Run) -> None:
         self.evaluation.learn(run)
-        (batch,) = run.replay.batches
 
         def label(n: Nodes) -> dict[str, Tensor]:
             return {"grad_v": run.critic.grad(n.t, n.x, n.cond)}
 
         for nodes in run.deal(self.updates, self.nodes, label=label):
             run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
-        (t, _, _), a_old = batch.trajectory.flat(), batch.fields["a_old"]
-        moved = kl_rate(run.problem, t, run.at_nodes(run.policy, batch).flatten(0, 1), a_old.flatten(0, 1))
-        run.log("step_kl", batch.integrate(moved.view(a_old.shape[:2])))
+        run.log_kl("step_kl", run.at_probe(run.policy), run.probe.fields["a_old"])
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not self.nats > 0:
