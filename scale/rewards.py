@@ -295,11 +295,20 @@ def terms(text: str) -> list[tuple[float, str]]:
         weight, _, name = (part.strip() for part in term.rpartition("*"))
         try:
             if ":" not in name:
-                one_of("a name without a colon (module:function)", name.partition("=")[0], NAMES)
+                _check_name(name.partition("=")[0])
             found.append((_weight(weight or "1"), name))
         except ValueError as wrong:
             raise ValueError(f"reward {text!r}: {wrong}") from wrong
     return found
+
+
+def _check_name(name: str) -> None:
+    module, dot, function = name.rpartition(".")
+    try:
+        one_of("a name without a colon (module:function)", name, NAMES)
+    except ValueError as wrong:
+        hint = f"; did you mean {module}:{function}?" if dot else ""
+        raise ValueError(f"{wrong}{hint}") from wrong
 
 
 def names_of(text: str) -> list[str]:

@@ -116,6 +116,15 @@ def check(s: Settings, given: Reward | None = None) -> tuple[list[Prompt], list[
     return prompts, prompts if s.eval_prompts is None else prompt_lists.read(s.eval_prompts)
 
 
+def say_left_out(s: Settings, prompts: Sequence[Prompt]) -> None:
+    """Print, as a comment to settings, which prompts the evaluation does not come to."""
+    if rest := prompts[s.eval_samples :]:
+        print(
+            f"# warning: eval_samples = {s.eval_samples} leaves out {len(rest)} of {len(prompts)} prompts, from "
+            f"{rest[0].text!r} to {rest[-1].text!r}"
+        )
+
+
 def try_rewards(pipeline: StableDiffusionPipeline, rewards: dict[str, Reward], *lists: list[Prompt]) -> None:
     """Each of them on a grey picture for the first prompt of each list: what is wrong with one is wrong now."""
     times = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
@@ -163,6 +172,8 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     with locked(s.out, accelerator):
         task = assemble(s, reward, accelerator)
         tuning.begin(s, task, accelerator, "sd15", left=("lora",))
+        if accelerator.is_main_process:
+            say_left_out(s, task.eval_prompts)
         watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
         history = tuning.learn(s, task, accelerator, watch)
         found = finish(s, task, history) if accelerator.is_main_process else None
@@ -316,6 +327,7 @@ def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
     s = tuning.named(e, reward).over(s, other_reward=e.other_reward, eval_prompts=e.prompts, guidance=e.guidance)
     device = make_accelerator().device
     prompts, rewards = prompt_lists.read(s.eval_prompts or s.prompts), tuning.rewards_of(s, reward, s.other_reward)
+    say_left_out(s, prompts)
     untuned = models.load(s.model, s.revision, s.variant)
     found = judged(s, pipeline.to(device), untuned.to(device), prompts, rewards)
     found.write((e.out or e.run) / "evaluation.json")
@@ -392,8 +404,9 @@ def main(arguments: list[str]) -> None:
     elif command == "export":
         export(tyro.cli(Export, args=rest))
     elif (s := settings_of(rest).resolved()).dry_run:
-        check(s)
+        _, eval_prompts = check(s)
         print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+        say_left_out(s, eval_prompts)
     else:
         train(s)
 

@@ -82,8 +82,8 @@ LIMITS = {
          "patience"), ">= 1",
     ),
     **dict.fromkeys(("pretrain", "pictures_every", "reward_retries", "seed"), ">= 0"),
-    **dict.fromkeys(("beta", "eta", "gamma", "lr", "critic_lr", "reward_lr"), ">= 0"),
-    **dict.fromkeys(("kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
+    **dict.fromkeys(("beta", "eta", "gamma", "critic_lr", "reward_lr"), ">= 0"),
+    **dict.fromkeys(("lr", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
     **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "mismatch": "in [0, inf]",
     "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
 }  # fmt: skip

@@ -266,7 +266,7 @@ def use_tf32() -> None:
 
 
 def accelerator_of(s: Tuning) -> Accelerator:
-    """Processes, precision and trackers. The main process says what is trained: to load it takes a while."""
+    """Processes, precision and trackers. The main process prints what is trained and where: loading takes a while."""
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
     use_tf32()
     accelerator = make_accelerator(
@@ -277,7 +277,8 @@ def accelerator_of(s: Tuning) -> Accelerator:
     if accelerator.is_main_process:
         embedded = s.model == str(s.embedded.with_suffix(""))
         why = " (there is no CUDA; --model names another)" if embedded and not torch.cuda.is_available() else ""
-        print(f"model: {s.model}{why}")
+        n, kind = accelerator.num_processes, accelerator.device.type
+        print(f"model: {s.model}{why}", f"{n} process{'es' * (n > 1)} on {kind}", sep="\n")
     return accelerator
 
 

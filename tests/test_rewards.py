@@ -171,6 +171,7 @@ def test_what_fails_elsewhere_is_told_here(mine, pictures):
     "text, message",
     [
         ("beauty", r"a name without a colon \(module:function\) must be one of jpeg-compressibility"),
+        ("mine.parts.red", r"must be one of .*, got 'mine.parts.red'; did you mean mine.parts:red\?"),
         ("following - 0.1 * jpeg-compressibility", "must be a number, got 'following - 0.1'; write differences as"),
         ("nan * following", "must be a number, got 'nan'"),
         ("following=/some/model", "has no model to be named"),

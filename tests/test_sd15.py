@@ -538,6 +538,7 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
         ({"eta": 0.0, "kl": 1.0}, "without noise there is no path KL"),
         ({"epochs": "ten"}, "epochs must be an integer, got 'ten'"),
         ({"lr": float("nan")}, "lr must be a number"),
+        ({"lr": 0.0}, r"lr must be > 0, got 0\.0"),
         ({"out": "/dev/null/run"}, "no folder that can be written to"),
         ({"reward_python": "/not/there"}, "no program that can be run"),
         ({"reward": "following", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),
@@ -547,7 +548,7 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
 )
 def test_what_cannot_be_is_said_before_training(model, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        train(short(**{"model": model, "run": tmp_path / "run", **changes}))
+        train(short(model, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
@@ -577,6 +578,11 @@ def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "steps: 7" in said and f"{3 * 7 * 2} evaluations of the UNet" in said
     assert not (tmp_path / "run").exists()
+    assert "# warning" not in said
+    main(["--model", str(model), "--out", str(tmp_path / "run"), "--dry-run", "--eval-samples", "16"])
+    said = capsys.readouterr().out
+    assert "# warning: eval_samples = 16 leaves out 35 of 51 prompts, from 'an elephant' to 'a zebra'\n" in said
+    assert yaml.safe_load(said)["eval_samples"] == 16
     weights = UNet2DConditionModel.from_pretrained(model, subfolder="unet").num_parameters()
     assert f"optimiser {8 * weights / 2**30:.2f} GiB" in needs(short(model, tmp_path))
 

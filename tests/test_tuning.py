@@ -263,7 +263,10 @@ def test_what_an_earlier_run_left_goes_and_the_settings_are_kept(tmp_path, capsy
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "notes"]
     assert Mine.read(tmp_path / "config.json") == s
     said = capsys.readouterr().out
-    assert "model: mine\n" in said and "0.00 M of 0.00 M weights, by td-form on jpeg-compressibility" in said
+    assert (
+        "model: mine\n1 process on cpu\n" in said
+        and "0.00 M of 0.00 M weights, by td-form on jpeg-compressibility" in said
+    )
 
 
 def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
