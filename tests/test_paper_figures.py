@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from itertools import combinations, product
 from pathlib import Path
 
@@ -85,6 +86,16 @@ def test_every_figure_is_drawn_in_the_width_of_one_column_or_two(drawn, name):
         assert picture.width in [int(width * LOOK["savefig.dpi"]) for width in (SINGLE, DOUBLE)]
     assert 5_000 < (drawn / f"{name}.png").stat().st_size < 150_000
     assert (drawn / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+@pytest.mark.skipif(
+    f"matplotlib=={version('matplotlib')}" not in (ROOT / "constraints.txt").read_text().splitlines(),
+    reason="another matplotlib than that of constraints.txt draws other pixels",
+)
+@pytest.mark.parametrize("name", FIGURES)
+def test_the_committed_figure_is_that_of_the_committed_results(drawn, name):
+    """Results that are made anew want their figures drawn anew: `python -m paper_figures`."""
+    assert (drawn / f"{name}.png").read_bytes() == (ROOT / "paper_figures" / "out" / f"{name}.png").read_bytes()
 
 
 @pytest.mark.parametrize(
