@@ -184,7 +184,9 @@ def _average(run: Run) -> dict[str, Tensor]:
 
 def _leave_out_frozen(models: list[nn.Module], weights: list[dict[str, Tensor]], folder: str) -> None:
     """A hook of accelerate's `save_state`: `weights` are the states it is about to write."""
-    weights[:] = [_moving(model) for model in models]
+    for model, state in zip(models, weights, strict=True):
+        for name in state.keys() - _moving(model).keys():
+            del state[name]
 
 
 def _seal(run: Run, part: Path, final: Path) -> None:

@@ -294,13 +294,16 @@ def test_the_identity_of_a_reference_is_not_where_it_lies():
 
 
 class Counting(nn.Module):
-    """A policy whose first layer is not trained, and that counts its calls in a buffer."""
+    """A policy whose first layer is not trained, and that counts its calls in a buffer. The last layer's weights lie in
+    memory by columns, as little a plain block as a convolution's in channels-last layout."""
 
     def __init__(self, init=7, frozen=7):
         super().__init__()
         self.policy, first = models(init=init)[0], models(init=frozen)[0].network.layers[0]
         self.policy.network.layers[0].load_state_dict(first.state_dict())
         self.policy.network.layers[0].requires_grad_(False)
+        last = self.policy.network.layers[-1].weight
+        last.data = last.data.T.contiguous().T
         self.register_buffer("calls", torch.zeros(()))
 
     def forward(self, t, x, cond=None):
