@@ -43,6 +43,7 @@ from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import data, pixels, report, tuning
 from scale.diffusion import Decoded, Score, StandIn, Value, problem
+from scale.models import readable
 from scale.pixels import Evaluation
 from scale.pretrain import Pretrain, pretrain
 from scale.rewards import Reward, terms
@@ -334,8 +335,7 @@ def save(s: Settings, pipeline: DDPMPipeline) -> None:
     """OUT/pipeline: diffusers draws from it by the sampler of the evaluation, from the last timestep on."""
     kept = DDPMPipeline(pipeline.unet, pixels.scheduler(s.eval_sampler, pipeline))
     kept.save_pretrained(s.out / "pipeline")
-    for file in (s.out / "pipeline").rglob("*.safetensors"):
-        file.chmod(0o644)  # they come as the writer's alone
+    readable(s.out / "pipeline")
 
 
 def card(s: Settings, found: Evaluation) -> None:

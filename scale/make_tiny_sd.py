@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import tyro
 from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -39,7 +40,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from scale import shapes
-from scale.models import load
+from scale.models import load, readable
 
 WORDS = (
     "a on and ground at the left right top bottom "
@@ -255,10 +256,12 @@ def scores(pipeline: StableDiffusionPipeline, times: int) -> dict[str, Any]:
 
 
 def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
-    """In half precision, readable by everyone."""
-    pipeline.to(torch.float16).save_pretrained(folder, safe_serialization=True)
+    """Files in half precision, under configs of float32: transformers, unlike diffusers, loads a text encoder in the
+    precision that its config names, and a pipeline cannot mix both."""
+    pipeline.save_pretrained(folder)
     for file in folder.glob("*/*.safetensors"):
-        file.chmod(0o644)
+        save_file({name: v.half() for name, v in load_file(file).items()}, file, {"format": "pt"})
+    readable(folder)
 
 
 def main(recipe: Recipe) -> None:

@@ -74,6 +74,12 @@ def companions(
     return {part: getattr(whole, part) for part in there}
 
 
+def readable(folder: Path) -> None:
+    """Let everyone read a folder's weights: safetensors come as the writer's alone."""
+    for file in folder.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
 def untrained(tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     """SD v1.5's architecture at full size, with random weights and a tokenizer of any vocabulary."""
     tokenizer.model_max_length = 77

@@ -29,6 +29,7 @@ from ctrl.device import make_accelerator
 from ctrl.fields import check_fields
 from ctrl.noise import INITIAL, Noise
 from scale import data, report
+from scale.models import readable
 
 TIMES = 1000
 PROGRESS = "progress.json"
@@ -222,8 +223,7 @@ def save(s: Pretrain, pipeline: DDPMPipeline, seconds: float) -> None:
     """In half precision, readable by everyone, with its recipe; what is handed in is rounded to it too."""
     pipeline.to(torch.float16).save_pretrained(s.out, safe_serialization=True)
     pipeline.to(torch.float32)
-    for file in s.out.glob("*/*.safetensors"):
-        file.chmod(0o644)
+    readable(s.out)
     told = {"recipe": recipe(s), "seconds": round(seconds), "parameters": pipeline.unet.num_parameters()}
     (s.out / "recipe.json").write_text(json.dumps(told, indent=2) + "\n")
 

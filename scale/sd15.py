@@ -15,6 +15,7 @@ pictures on the same noise over training, evaluation.json, report.html, and pipe
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -235,20 +236,27 @@ def save(s: Settings, pipeline: StableDiffusionPipeline, companions: dict[str, A
 
         layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
         StableDiffusionPipeline.save_lora_weights(s.out / "lora", unet_lora_layers=layers)
+        models.readable(s.out / "lora")
         return
     parts = {**pipeline.components, **companions}
     whole = StableDiffusionPipeline(**parts, requires_safety_checker="safety_checker" in companions)
     whole.save_pretrained(s.out / "pipeline")
-    for file in (s.out / "pipeline").rglob("*.safetensors"):
-        file.chmod(0o644)  # they come as the writer's alone
+    models.readable(s.out / "pipeline")
 
 
 def card(s: Settings, found: Evaluation) -> None:
-    """Beside the weights, a model card as the hub reads it."""
-    loading = (
-        f'pipeline = StableDiffusionPipeline.from_pretrained("{s.model}")\npipeline.load_lora_weights("lora")'
-        if s.lora else 'pipeline = StableDiffusionPipeline.from_pretrained("pipeline")'
-    )  # fmt: skip
+    """Beside the weights, a model card as the hub reads it. Adapters go with a base that is in float32, as in training,
+    whatever its files are in."""
+    base = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
+    options = {"revision": s.revision, "variant": s.variant}
+    given = "".join(f", {name}={json.dumps(value)}" for name, value in options.items() if value is not None)
+    loading = f"""import torch
+from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained({json.dumps(base)}{given}, torch_dtype=torch.float32)
+pipeline.load_lora_weights("lora")""" if s.lora else """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("pipeline")"""  # fmt: skip
     adapter = "base_model_relation: adapter" if s.lora else "base_model_relation: finetune"
     text = f"""---
 library_name: diffusers
@@ -261,13 +269,11 @@ tags: [stable-diffusion, text-to-image, reinforcement-learning, score-as-action]
 # Tuned on {s.reward}
 
 {s.model}, fine-tuned by {s.algorithm} in continuous time (arXiv 2502.01819) on the reward `{s.reward}`, guidance
-{s.guidance:g}. The license is the base model's.
+{s.guidance:g}. The license is the base model's. In the folder above this one:
 
 ```python
-from diffusers import StableDiffusionPipeline
-
 {loading}
-image = pipeline("{found.prompt}", guidance_scale={s.guidance:g}).images[0]
+image = pipeline({json.dumps(found.prompt)}, guidance_scale={s.guidance:g}).images[0]
 ```
 
 {found.summary()}

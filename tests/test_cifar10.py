@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file
+from test_sd15 import drawn_by_the_card
 
 from benchmarks import cifar10 as forms
 from ctrl import DDIM, checkpoint
@@ -124,6 +125,11 @@ def test_what_a_run_leaves_besides(run):
     assert (run.out / "report.html").stat().st_size > 1e4
     card = (run.out / "pipeline" / "README.md").read_text()
     assert "DDPMPipeline" in card and run.evaluation.summary() in card
+
+
+@pytest.mark.long
+def test_the_card_draws(run):
+    assert drawn_by_the_card(run.out, run.out / "pipeline" / "README.md") == ["8", "8"]
 
 
 @pytest.mark.parametrize(

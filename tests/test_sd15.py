@@ -1,9 +1,11 @@
 """scale/sd15.py: a run from its command to a pipeline that diffusers loads, and what it refuses."""
 
+import ast
 import dataclasses
 import html.parser
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,10 +122,32 @@ def test_the_report_needs_no_other_file(run):
     assert len(sources) == 4 and all(s.startswith("data:image/png;base64,") for s in sources)
 
 
-def test_the_card_names_its_base_and_loads(run, model):
+def block_of(card):
+    """The Python that a model card shows."""
+    (found,) = re.findall(r"```python\n(.*?)```", card.read_text(), re.DOTALL)
+    return found
+
+
+def drawn_by_the_card(out, card):
+    """The size of the image that the Python of a model card draws, in a process that has nothing of this project."""
+    alone = "import sys; assert not {'ctrl', 'scale'} & {*sys.modules}; print(*image.size)"
+    command = [sys.executable, "-I", "-c", f"{block_of(card)}\n{alone}"]
+    return subprocess.run(command, cwd=out, capture_output=True, text=True, check=True).stdout.split()
+
+
+def test_the_card_names_its_base_and_quotes_its_prompt(run, model, tmp_path):
     _, head, body = (run.out / "pipeline" / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(head)["base_model"] == str(model)
     assert run.evaluation.summary() in body
+    (tmp_path / "pipeline").mkdir()
+    s = dataclasses.replace(Settings.read(run.out / "config.json"), out=tmp_path)
+    sd15.card(s, dataclasses.replace(run.evaluation, prompt='a "red" fox\n'))
+    ast.parse(block_of(tmp_path / "pipeline" / "README.md"))
+
+
+def test_weights_can_be_read_by_everyone(run, adapted):
+    files = [*(run.out / "pipeline").rglob("*.safetensors"), *(adapted.out / "lora").rglob("*.safetensors")]
+    assert len(files) == 4 and {file.stat().st_mode & 0o777 for file in files} == {0o644}
 
 
 def test_a_run_is_evaluated_and_sampled_again(run, tmp_path):
@@ -222,21 +246,87 @@ def test_every_option_trains(model, tmp_path, changes):
     assert found.evaluation.path_kl > 0 and found.evaluation.grid == []
 
 
-def test_adapters_alone_are_trained_and_kept(model, tmp_path):
+@pytest.fixture(scope="module")
+def adapted(model, tmp_path_factory):
+    """A run with adapters, and its outcome."""
     pytest.importorskip("peft")
-    s = short(model, tmp_path / "run", lora=2)
-    found = train(s)
-    assert found.evaluation.path_kl > 0
+    torch.set_default_dtype(torch.float32)
+    return train(short(model, tmp_path_factory.mktemp("runs") / "adapted", lora=2, eval_steps=(), pictures_every=0))
+
+
+@pytest.mark.long
+def test_cards_draw(run, adapted):
+    assert drawn_by_the_card(run.out, run.out / "pipeline" / "README.md") == ["32", "32"]
+    assert drawn_by_the_card(adapted.out, adapted.out / "lora" / "README.md") == ["32", "32"]
+
+
+def test_adapters_alone_are_trained_and_kept(adapted, model, tmp_path):
+    assert adapted.evaluation.path_kl > 0
     alone = StableDiffusionPipeline.from_pretrained(model).to(torch.float32)
     alone.set_progress_bar_config(disable=True)
     prompts = [Prompt("a red circle on a white ground")]
     plain = draw(alone, prompts, range(2), "ddim", 5, 2.0)
-    alone.load_lora_weights(tmp_path / "run" / "lora")
+    alone.load_lora_weights(adapted.out / "lora")
     tuned = draw(alone, prompts, range(2), "ddim", 5, 2.0)
-    torch.testing.assert_close(tuned.images, draw(found.pipeline, prompts, range(2), "ddim", 5, 2.0).images)
+    torch.testing.assert_close(tuned.images, draw(adapted.pipeline, prompts, range(2), "ddim", 5, 2.0).images)
     assert not torch.allclose(plain.images, tuned.images, atol=1e-4)
-    again = evaluate_run(Evaluate(tmp_path / "run", out=tmp_path))
-    assert again.gain == pytest.approx(found.evaluation.gain, abs=1e-5)
+    again = evaluate_run(Evaluate(adapted.out, out=tmp_path))
+    assert again.gain == pytest.approx(adapted.evaluation.gain, abs=1e-5)
+
+
+CHANGES = {
+    "batch": 3, "channels_last": True, "checkpoint_every": 2, "gradient_checkpointing": True,
+    "keep_checkpoints": 1, "log_with": "none", "max_hours": 9.0, "max_kl": 1e9, "micro_batch": 3,
+    "min_diversity": 0.0, "mismatch": torch.inf, "offload_reference": True, "other_reward": "jpeg-incompressibility",
+    "patience": 1, "pictures_every": 1, "reward_python": sys.executable, "reward_retries": 1, "reward_timeout": 60.0,
+    "stop_on_collapse": True,
+}  # fmt: skip
+"""What the free settings of a run are changed to; log_with wandb is not tried, which needs an account."""
+UNTRIED = {
+    "compile": "on a CPU the compilation of two UNets did not end within 20 minutes",
+    "dry_run": "nothing is trained", "out": "every case resumes in another folder", "overwrite": "resume excludes it",
+    "resume": "every case sets it",
+}  # fmt: skip
+ROUNDED = {"batch", "channels_last", "micro_batch"}
+"""Those that change the order of sums."""
+
+
+@pytest.fixture(scope="module")
+def stopped(model, tmp_path_factory):
+    """The settings of a run that was stopped after one of two epochs, the folder it left, and what it would have come
+    to."""
+    folder = tmp_path_factory.mktemp("stopped")
+    (folder / "mine.py").write_text("def redness(images, prompts, metadata):\n    return images[:, 0].mean((1, 2))\n")
+    torch.set_default_dtype(torch.float32)
+    s = short(
+        model, folder / "run", reward="mine:redness", checkpoint_every=1, pictures_every=0, eval_samples=2,
+        eval_headline=2, eval_steps=(),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where a reward of one's own is found
+        whole = train(s)
+    shutil.rmtree(s.out / "checkpoints" / "epoch-000002")
+    return s, whole
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(Settings.free))
+def test_a_run_goes_on_with_a_free_setting_changed(stopped, tmp_path, monkeypatch, name):
+    """To the end that it would have had without. Where sums are in another order, to rounding: so is the next epoch's
+    reward, while Adam's step, of about the learning rate whatever the size of a gradient, may have either sign."""
+    if name in UNTRIED:
+        pytest.skip(UNTRIED[name])
+    s, whole = stopped
+    monkeypatch.chdir(s.out.parent)
+    shutil.copytree(s.out, tmp_path / "run")
+    again = train(dataclasses.replace(s, resume=True, out=tmp_path / "run", **{name: CHANGES[name]}))
+    before, after = ([{k: v for k, v in m.items() if k != "seconds"} for m in run.history] for run in (whole, again))
+    weights = [run.pipeline.unet.state_dict().values() for run in (whole, again)]
+    if name not in ROUNDED:
+        assert after == before and all(map(torch.equal, *weights))
+        return
+    assert after[0] == before[0] and after[1]["reward"] == pytest.approx(before[1]["reward"], rel=1e-4)
+    assert max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True)) < 2 * s.lr
 
 
 def test_a_stopped_run_with_adapters_goes_on(model, tmp_path):
@@ -643,6 +733,17 @@ def test_the_embedded_model_follows_its_prompts_and_doubts_some():
     expected = recipe["doubtful"]["3.0"]["right"]
     assert right["shapes"] > 0.9
     assert abs(right["shapes-doubtful"] - expected) < 4 * (expected * (1 - expected) / 54) ** 0.5
+
+
+def test_the_embedded_model_is_half_as_a_file_and_float32_in_diffusers(tmp_path):
+    """The one that is shipped, and one that the recipe saves."""
+    make_tiny_sd.save(untrained(), tmp_path)
+    for folder in (ASSETS / "tiny-sd", tmp_path):
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        pipeline.set_progress_bar_config(disable=True)
+        assert pipeline("a red circle on a white ground", num_inference_steps=2).images[0].size == (32, 32)
+        files = [*folder.glob("*/*.safetensors")]
+        assert len(files) == 3 and {v.dtype for file in files for v in load_file(file).values()} == {torch.float16}
 
 
 @pytest.mark.long
