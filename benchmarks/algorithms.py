@@ -332,6 +332,8 @@ def summarise(runs: Iterable[Row]) -> list[Row]:
         row: Row = {"panel": "regret", "problem": problem, "algorithm": method, "steps": steps, "seeds": len(group),
                     "lr": lr, "diverged": len(group) - sum(regret < 1 for regret in regrets),
                     "trajectories": group[0]["trajectories"], **about(regrets)}  # fmt: skip
+        if len(done) < len(group):  # no number bounds a seed that failed
+            row |= {"regret_upper": None, "regret_worst": None}
         for name in ("to_10pct", "to_5pct", "seconds_to_10pct"):  # a seed that never gets there counts as late
             values = [math.inf if r[name] is None else number(r, name) for r in done] or [math.inf]
             row[name] = None if math.isinf(median(values)) else median(values)

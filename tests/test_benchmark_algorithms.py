@@ -121,6 +121,17 @@ def test_a_failed_run_counts():
     assert summary["diverged"] == 1 and summary["regret"] is None
 
 
+def test_seeds_beside_a_failed_one_do_not_bound_it():
+    """They have a mean, beside the number that diverged, and neither a worst of all nor an upper bound."""
+    names = ("to_10pct", "to_5pct", "seconds_to_10pct", "path_kl", "control_error", "critic_gradient_error",
+             "network_calls", "reward_calls", "seconds")  # fmt: skip
+    fine = [{**vars(short(seed=seed)), "failed": None, "regret": 0.1, **dict.fromkeys(names)} for seed in (0, 1)]
+    (whole,) = summarise(fine)
+    (part,) = summarise([*fine, {**vars(short(seed=2)), "failed": "not finite"}])
+    assert whole["regret_worst"] == whole["regret_upper"] == part["regret"] == 0.1
+    assert (part["diverged"], part["regret_worst"], part["regret_upper"]) == (1, None, None)
+
+
 def test_first_below():
     curve = [(256, 0.3, 1.0), (512, 0.09, 2.0), (768, 0.2, 3.0)]
     assert first_below(curve, 0.1, 0) == 512 and first_below(curve, 0.1, 2) == 2.0
