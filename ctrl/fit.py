@@ -250,7 +250,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.strikes: dict[str, int] = {}
         self.stops = Stops(settings.max_hours, listen=settings.out is not None)
-        self._logged: dict[str, list[float]] = {}
+        self._logged: dict[str, list[Tensor]] = {}
         self._deck = torch.Generator()
 
     @cached_property
@@ -598,12 +598,14 @@ class Run:
         return (self.accelerator.reduce(sums)[..., which] - v) / (group - 1)
 
     def log(self, name: str, value: Tensor | float) -> None:
-        """A metric of this epoch: (B,) is averaged over samples, () is taken as it is; repeated ones are averaged."""
-        value = torch.as_tensor(value, device=self.accelerator.device)
-        self._logged.setdefault(name, []).append(float(self.mean_over_samples(value) if value.ndim else value))
+        """A metric of this epoch: (B,) is averaged over samples, () is taken as it is; repeated ones are averaged. None
+        is read from the device before the epoch ends."""
+        value = torch.as_tensor(value).detach().to(self.accelerator.device, non_blocking=True, copy=True)
+        self._logged.setdefault(name, []).append(self.mean_over_samples(value) if value.ndim else value)
 
     def _summary(self) -> dict[str, float]:
-        return {name: sum(values) / len(values) for name, values in self._logged.items()}
+        read = {name: torch.stack(values).tolist() for name, values in self._logged.items()}
+        return {name: sum(values) / len(values) for name, values in read.items()}
 
 
 def fit(

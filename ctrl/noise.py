@@ -79,7 +79,7 @@ class Noise:
         """The same at K addresses, (K, B, *shape)."""
         if ids.ndim != 1 or ids.dtype != torch.int64:
             raise ValueError(f"ids must be a 1-D int64 tensor, got {ids.dtype} of shape {tuple(ids.shape)}")
-        words = torch.tensor([_signed(self.word(*address)) for address in addresses], device=ids.device)
+        words = torch.tensor([_signed(self.word(*address)) for address in addresses]).to(ids.device, non_blocking=True)
         sample = _mix(_mix(ids + _signed(_GOLDEN)) ^ words[:, None])
         bits = _mix(sample[..., None] ^ _elements(math.prod(shape), ids.device))
         fraction = (bits >> 12).bitwise_and_(_WORD >> 12).double()

@@ -65,7 +65,7 @@ class Noising(ABC):
         """(alpha, sigma²) of X_s given X_{s0}: X_s = alpha X_{s0} + sigma eps. Without s0: given the clean data."""
         if s0 is None:
             return self.alpha(s), self.sigma(s).square()
-        start = torch.as_tensor(s0, dtype=s.dtype, device=s.device)
+        start = s.new_full((), s0)
         alpha = (self.log_alpha(s) - self.log_alpha(start)).exp()
         variance = -self.sigma(s).square() * torch.expm1(self.log_snr(s) - self.log_snr(start))
         return alpha, torch.where(s == start, torch.zeros_like(s), variance)  # lambda is infinite at clean data
@@ -104,7 +104,7 @@ class VP(Noising):
     def between(self, s: Tensor, s0: float | None = None) -> tuple[Tensor, Tensor]:
         span = self.int_g2(s)
         if s0 is not None:
-            span = span - self.int_g2(torch.as_tensor(s0, dtype=s.dtype, device=s.device))
+            span = span - self.int_g2(s.new_full((), s0))
         return (-span / 2).exp(), -torch.expm1(-span)
 
     def s_of_log_snr(self, log_snr: Tensor) -> Tensor:
@@ -184,7 +184,7 @@ class VPTable(VP):
     betas: Sequence[float]
     s_max: float = field(init=False)
     _G: Tensor = field(init=False, repr=False, compare=False)
-    _cells: Tensor = field(init=False, repr=False, compare=False)
+    _cells: dict[torch.device, Tensor] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         from scipy.interpolate import PchipInterpolator  # only here: a table is read once
@@ -200,7 +200,7 @@ class VPTable(VP):
         object.__setattr__(self, "betas", tuple(betas.tolist()))
         object.__setattr__(self, "s_max", (len(G) - 1) / len(betas))
         object.__setattr__(self, "_G", G)
-        object.__setattr__(self, "_cells", torch.from_numpy(cells[::-1].T.copy()))
+        object.__setattr__(self, "_cells", {G.device: torch.from_numpy(cells[::-1].T.copy())})
 
     @staticmethod
     def scaled_linear(start: float = 0.00085, end: float = 0.012, steps: int = 1000) -> VPTable:
@@ -209,12 +209,15 @@ class VPTable(VP):
 
     def _cubic(self, i: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """G and dG/du at the fraction u of cell i."""
-        c0, c1, c2, c3 = self._cells.to(u.device)[i].to(u.dtype).unbind(-1)
+        if u.device not in self._cells:  # the table travels once
+            self._cells[u.device] = self._cells[self._G.device].to(u.device)
+        rows = self._cells[u.device][i.flatten()].view(*i.shape, 4)  # an index () would be read from the device
+        c0, c1, c2, c3 = rows.to(u.dtype).unbind(-1)
         return c0 + u * (c1 + u * (c2 + u * c3)), c1 + u * (2 * c2 + u * 3 * c3)
 
     def _at(self, s: Tensor) -> tuple[Tensor, Tensor]:
         x = s * len(self.betas)
-        i = x.floor().long().clamp(0, len(self._cells) - 1)
+        i = x.floor().long().clamp(0, len(self._G) - 2)
         return self._cubic(i, x - i)
 
     def int_g2(self, s: Tensor) -> Tensor:
@@ -225,7 +228,7 @@ class VPTable(VP):
 
     def s_of_int_g2(self, G: Tensor) -> Tensor:
         nodes = self._G.to(G)
-        i = (torch.searchsorted(nodes, G.contiguous(), right=True) - 1).clamp(0, len(self._cells) - 1)
+        i = (torch.searchsorted(nodes, G.contiguous(), right=True) - 1).clamp(0, len(self._G) - 2)
         low, high = torch.zeros_like(G), torch.ones_like(G)
         u = (G - nodes[i]) / (nodes[i + 1] - nodes[i])
         for _ in range(60):  # Newton kept inside a bracket: the cubic is monotone in its cell

@@ -211,8 +211,7 @@ class ScoreAsAction(Problem):
         return [partial(_linear, f, kappa) for f, kappa in zip(drift.tolist(), control.tolist(), strict=True)]
 
     def clock(self, t: Tensor) -> Tensor:
-        start = torch.as_tensor(self.s_max, dtype=t.dtype, device=t.device)
-        return self.noising.int_g2(start) - self.noising.int_g2(self.s(t))
+        return self.noising.int_g2(t.new_full((), self.s_max)) - self.noising.int_g2(self.s(t))
 
     def rate(self, t: Tensor) -> Tensor:
         return self.noising.g2(self.s(t))

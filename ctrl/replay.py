@@ -113,7 +113,7 @@ class Batch:
     def take(self, b: Tensor) -> Batch:
         """The trajectories b, (n,), and what is laid beside them."""
         path = self.trajectory
-        b = b.to(path.x.device)
+        b = b.to(path.x.device, non_blocking=True)
         a, xi = (None if v is None else v[:, b] for v in (path.a, path.xi))
         reward = None if path.reward is None else path.reward[b]
         part = replace(path, x=path.x[:, b], a=a, xi=xi, ids=path.ids[b], reward=reward)
@@ -122,7 +122,7 @@ class Batch:
     def gather(self, k: Tensor, b: Tensor) -> Nodes:
         """The nodes k of samples b, (n,) each; they come without their condition."""
         path = self.trajectory
-        k, b = k.to(path.x.device), b.to(path.x.device)
+        k, b = (v.to(path.x.device, non_blocking=True) for v in (k, b))
         w = node_weights(path.w)[k] * (self.steps + 1)
         dtype = torch.promote_types(path.x.dtype, torch.float32)
         fields = {name: v[k, b] for name, v in self.fields.items()}
@@ -203,7 +203,7 @@ class Replay:
         here = self.batches[-1].trajectory.x.device
         parts = [batch.gather(k[at], b[at]) for batch, at in zip(self.batches, places, strict=True)]
         nodes = concatenate([part.each(lambda v: v.to(here)) for part in parts])
-        order = torch.cat(places).argsort().to(here)
+        order = torch.cat(places).argsort().to(here, non_blocking=True)
         return nodes.each(lambda v: v[order])
 
 

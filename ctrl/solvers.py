@@ -82,18 +82,29 @@ class GaussianStep(Solver):
         return self.transition(problem, c, x, a, memory).sample(xi)
 
 
-def at_steps(plan: list[Any], k: Tensor) -> Any:
-    """The coefficients of steps k, (n,), as one: each is (n,), so that `transition` takes shuffled steps at once."""
+def stack_steps(plan: list[Any], device: torch.device) -> Any:
+    """The coefficients of all N steps as one: each is (N,)."""
 
     def column(values: list[Any]) -> Any:
         if isinstance(values[0], Scalar):
             return Scalar(column([v.c for v in values]))
         if isinstance(values[0], Matrix):
-            return Matrix(torch.stack([v.m for v in values]).to(k.device)[k])
+            return Matrix(torch.stack([v.m for v in values]).to(device))
         stacked = torch.stack(values) if isinstance(values[0], Tensor) else torch.tensor(values, dtype=torch.float64)
-        return stacked.to(k.device)[k]
+        return stacked.to(device)
 
     return type(plan[0])(*(column([getattr(c, f.name) for c in plan]) for f in fields(plan[0])))
+
+
+def at_steps(steps: Any, k: Tensor) -> Any:
+    """Those of steps k, (n,), so that `transition` takes shuffled steps at once."""
+
+    def pick(v: Any) -> Any:
+        if isinstance(v, Scalar):
+            return Scalar(pick(v.c))
+        return Matrix(v.m[k]) if isinstance(v, Matrix) else v[k]
+
+    return type(steps)(*(pick(getattr(steps, f.name)) for f in fields(steps)))
 
 
 def _add(x: Tensor, v: Tensor, c: float | Tensor) -> Tensor:

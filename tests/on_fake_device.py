@@ -6,6 +6,7 @@ The fake device computes on the CPU, so a run there has the numbers of a run on 
 import copy
 import dataclasses
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,19 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 import ctrl.replay
-from ctrl import DDIM, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl, rollout
+from ctrl import (
+    DDIM,
+    EulerMaruyama,
+    Exponential,
+    Heun,
+    IntegratedEuler,
+    Multistep2,
+    Noise,
+    StructuredCritic,
+    grids,
+    path_kl,
+    rollout,
+)
 from ctrl.algorithms import (
     DDPO,
     ActorCritic,
@@ -279,6 +292,99 @@ def test_offloaded_weights_stay_where_they_are():
 
     reference = Offloaded()
     train(CASES["ddpo"][0], problem=dataclasses.replace(problem, reference=reference), solver=DDIM(), epochs=1)
+
+
+# when the host waits: beyond what an epoch does once
+
+
+def own_model(**changes):
+    """Problem, policy and critic of a block of the README: toy problems send tables to the device in every call."""
+    exec(compile(block("Mine").rpartition("fit(")[0], "README.md", "exec"), found := {})
+    return dataclasses.replace(found["problem"], **changes), found["policy"], found["critic"]
+
+
+def waits(algorithm, solver, **changes):
+    """Of an epoch of 8 samples in 4 steps, hands drawn one by one."""
+    problem, policy, critic = own_model(**changes)
+    policy = GaussianNetwork(problem, policy) if problem.gamma else policy
+    settings = Settings(epochs=1, samples=8, steps=4, batch=8, solver=solver, progress=False)
+    with host_syncs() as counted:
+        fit(problem, policy, algorithm, critic=critic, settings=settings)
+    return counted
+
+
+CHECKED = {"ctrl/fit.py Run.update: read": 1}
+"""Loss and gradient are finite: or else the step is left out."""
+DENSITY = "ctrl/gaussian.py Gaussian._check_density: read"
+"""A standard deviation is not zero: for each density that a loss takes."""
+EVALUATION = ActorCritic(1, 0, 8, keep=1)
+UPDATES = {
+    "actor-critic, critic": (lambda n: ActorCritic(n, 1, 8), Heun(), {}),
+    "actor-critic, actor": (lambda n: ActorCritic(1, n, 8), Heun(), {}),
+    "adjoint matching": (lambda n: AdjointMatching(n, 8), Heun(), {}),
+    "ddpo": (lambda n: DDPO(passes=n, nodes=32), DDIM(), {DENSITY: 2}),
+    "ddpo, 2M": (lambda n: DDPO(passes=n, nodes=32), Multistep2(), {DENSITY: 2}),
+    "ppo-clip": (lambda n: PPOClip(updates=n, nodes=8, evaluation=EVALUATION), Heun(), {}),
+    "ppo-penalty": (lambda n: PPOPenalty(updates=n, nodes=8, evaluation=EVALUATION), Heun(), {}),
+    "td form": (lambda n: TDForm(n, 8, EVALUATION), DDIM(), {}),
+    "next value": (lambda n: NextValue(n, 8, EVALUATION), DDIM(), {}),
+    "path consistency, both": (lambda n: PathConsistency(n, 4), Heun(), CHECKED),
+    "q-learning, q": (lambda n: QLearning(1, n, 8), Heun(), {DENSITY: 1}),
+}
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_an_update_waits_once_and_for_what_is_named(name):
+    make, solver, named = UPDATES[name]
+    few, many = (waits(make(n), solver, gamma=0.5 if "q-" in name else 0.0) for n in (1, 3))
+    each = Counter(CHECKED) + Counter(named)
+    assert many - few == {site: 2 * n for site, n in each.items()}
+    assert few - many == {}
+
+
+@pytest.mark.parametrize(
+    "solver", [EulerMaruyama(), IntegratedEuler(), Heun(), Exponential(), DDIM(), Multistep2()], ids=str
+)
+def test_a_step_of_a_rollout_does_not_wait(solver, monkeypatch):
+    """Even where each step draws its noise by itself, as large states do."""
+    monkeypatch.setattr("ctrl.noise._AT_ONCE", 1)
+    problem, policy, _ = own_model()
+    policy.to(DEVICE)
+
+    def counted(steps):
+        with host_syncs() as found:
+            rollout(
+                problem, policy, grids.natural(problem, steps), Noise(0), torch.arange(4, device=DEVICE), solver=solver
+            )
+        return found
+
+    counted(2)  # whatever travels once
+    assert counted(4) == counted(12)
+
+
+def test_stable_diffusion_waits_no_more_often():
+    """The embedded model with guidance: once for an update, and not for a step."""
+    from scale.diffusion import Decoded, Prompts, Score, problem
+    from scale.diffusion import Value as ImageValue
+    from scale.models import load
+    from scale.settings import EMBEDDED
+
+    torch.set_default_dtype(torch.float32)
+    pipeline = load(str(EMBEDDED.with_suffix(""))).to(DEVICE)
+    prompts, policy = Prompts.encode(pipeline, ["a red circle", "a blue square"]), Score.of(pipeline, guidance=3.0)
+    task = problem(policy.frozen(), Decoded(pipeline.vae, lambda images, *_: images.mean((1, 2, 3))), beta=0.1)
+    critic = NetworkCritic(task, ImageValue(4, task.shape[-1], prompts.width, 8))
+
+    def waits(updates, steps):
+        settings = Settings(epochs=1, samples=2, steps=steps, batch=2, micro_batch=1, progress=False)
+        with host_syncs() as counted:
+            fit(task, policy, ActorCritic(1, updates, 2), critic=critic, conditions=prompts, settings=settings)
+        return counted
+
+    waits(1, 2)  # what is read once
+    few, many, longer = waits(1, 2), waits(2, 2), waits(1, 4)
+    assert few == longer
+    assert many - few == CHECKED
 
 
 # toy

@@ -22,7 +22,7 @@ from ctrl import (
     grids,
     rollout,
 )  # fmt: skip
-from ctrl.solvers import GaussianStep, at_steps
+from ctrl.solvers import GaussianStep, at_steps, stack_steps
 from toy import catalogue
 from toy.chain import chain_moments
 
@@ -296,8 +296,9 @@ def shuffled(problem, solver, path, plan):
     index = torch.randperm(35, generator=torch.Generator().manual_seed(0))[:30]
     k, b = index // 5, index % 5
     last = (k - 1).clamp(min=0)
-    memory = solver.carry(at_steps(plan, last), path.x[last, b], path.a[last, b])
-    return k, b, solver.transition(problem, at_steps(plan, k), path.x[k, b], path.a[k, b], memory)
+    steps = stack_steps(plan, k.device)
+    memory = solver.carry(at_steps(steps, last), path.x[last, b], path.a[last, b])
+    return k, b, solver.transition(problem, at_steps(steps, k), path.x[k, b], path.a[k, b], memory)
 
 
 @pytest.mark.parametrize(
@@ -340,8 +341,8 @@ def test_the_first_of_many_steps_needs_no_memory(gaussian):
     solver, times = Multistep2(), grids.natural(gaussian.problem, 4)
     plan, k = solver.plan(gaussian.problem, times), torch.tensor([0, 1])
     x, a = torch.ones(2, 1), torch.zeros(2, 1)
-    near, far = (solver.transition(gaussian.problem, at_steps(plan, k), x, a, m * torch.ones(2, 1)).mean
-                 for m in (0.0, 9.0))  # fmt: skip
+    steps = at_steps(stack_steps(plan, k.device), k)
+    near, far = (solver.transition(gaussian.problem, steps, x, a, m * torch.ones(2, 1)).mean for m in (0.0, 9.0))
     torch.testing.assert_close(near[0], solver.transition(gaussian.problem, plan[0], x[:1], a[:1], None).mean[0])
     assert float(near[0]) == float(far[0]) and abs(float(near[1] - far[1])) > 0.1
 

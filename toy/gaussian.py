@@ -127,7 +127,7 @@ class GaussianDiffusion:
     def transition(self, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(phi, shift, variance) of Y_T | Y = y at s under the reference: N(phi y + shift, variance) in U's basis,
         (B, d)."""
-        end = torch.as_tensor(self.s_min, dtype=s.dtype, device=s.device)
+        end = s.new_full((), self.s_min)
         alpha, v = self.variances(s)
         alpha_m, v_m = self.variances(end)
         relative = (v_m / alpha_m.square()) / (v / alpha.square())

@@ -21,7 +21,7 @@ from ctrl.algorithms.base import Algorithm, check_noise
 from ctrl.gaussian import Gaussian, Mean
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.replay import Batch, Nodes
-from ctrl.solvers import GaussianStep, Solver, at_steps
+from ctrl.solvers import GaussianStep, Solver, at_steps, stack_steps
 from ctrl.value import Critic
 
 if TYPE_CHECKING:
@@ -101,6 +101,7 @@ class Chain:
     def __init__(self, problem: Problem, solver: GaussianStep, times: Tensor) -> None:
         self.problem, self.solver, self.times = problem, solver, times
         self.plan: list[Any] = solver.plan(problem, times)
+        self.steps = stack_steps(self.plan, times.device)
 
     def lay_before(self, batch: Batch) -> None:
         """Beside the nodes, what was at the one before."""
@@ -110,9 +111,9 @@ class Chain:
 
     def law(self, nodes: Nodes, a: Tensor, a_before: Tensor) -> Gaussian:
         """Of x_{k+1}, given x_k and what the step before carried along."""
-        before = at_steps(self.plan, (nodes.k - 1).clamp(min=0))
+        before = at_steps(self.steps, (nodes.k - 1).clamp(min=0))
         memory = self.solver.carry(before, nodes["x_before"], a_before)
-        return self.solver.transition(self.problem, at_steps(self.plan, nodes.k), nodes.x, a, memory)
+        return self.solver.transition(self.problem, at_steps(self.steps, nodes.k), nodes.x, a, memory)
 
     def act_before(self, policy: Mean, nodes: Nodes) -> Tensor:
         """The policy at step k - 1, where a multistep method needs it; at k = 0 there is none, and it has no weight."""

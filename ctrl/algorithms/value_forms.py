@@ -117,7 +117,7 @@ class NextValue(_ByValues):
         noise = chain.law(n, n["a_old"], n["a_old_before"]).root.apply(n["xi"])
         x, t = (mean + noise).detach(), chain.times.to(n.t)[n.k + 1]
         slope, last = run.critic.grad(t, x, n.cond), n.k == len(chain.plan) - 1
-        if bool(last.any()) and getattr(run.problem.reward, "differentiable", False):
+        if getattr(run.problem.reward, "differentiable", False) and bool(last.any()):
             slope[last] = reward_slope(run.problem, x[last], None if n.cond is None else n.cond[last])
         return torch.exp(-run.problem.discount * t) * dot(slope, mean)
 
