@@ -42,11 +42,11 @@ from ctrl.noise import INITIAL, PATH
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import data, pixels, report, tuning
-from scale.diffusion import Decoded, Score, StandIn, Value, problem
+from scale.diffusion import Decoded, Score, StandIn, Value
 from scale.models import readable
 from scale.pixels import Evaluation
 from scale.pretrain import Pretrain, pretrain
-from scale.rewards import Reward, terms
+from scale.rewards import Reward, terms, unmade
 from scale.settings import ALGORITHMS, ASSETS, FREE, LEARN_VALUES, LIMITS, Tuning
 
 ENERGY = "energy"
@@ -159,13 +159,12 @@ class Task(tuning.Task):
 def pipeline_of(s: Settings, device: torch.device) -> DDPMPipeline:
     """Loaded, with a UNet that is to be trained."""
     pipeline = pixels.load(s.model, s.revision, s.variant)
-    tuning.check_timesteps(pipeline, steps=(s.steps,), eval_steps=s.eval_steps)
     tuning.lay_out(s, pipeline.unet)
     pipeline.unet.train(False)  # there is dropout in some; the reference has none
     return pipeline.to(device)
 
 
-def pictures_of(s: Settings, pipeline: DDPMPipeline) -> data.Pictures | None:
+def pictures_of(s: Settings, pipeline: DDPMPipeline | pixels.Outline) -> data.Pictures | None:
     """What `data` has, of the model's size."""
     if s.data is None:
         return None
@@ -242,35 +241,56 @@ def check(s: Settings, given: Reward | None = None) -> None:
             raise ValueError("fid_weights needs torch-fidelity: pip install torch-fidelity")
 
 
+def rehearse(s: Settings, outline: pixels.Outline, learned: bool, differentiable: bool) -> None:
+    """Raise at what can be wrong with these settings on a model, before its weights are loaded."""
+    tuning.check_timesteps(outline, steps=(s.steps,), eval_steps=s.eval_steps)
+    with torch.device("meta"):
+        energy = energy_of(s, outline.unet.config.sample_size)
+    reward: Any = energy if learned else Decoded(None, unmade, differentiable=differentiable)
+    task, made, algorithm = tuning.planned(inner(s) if learned else s, outline, Score.of(outline), reward)
+    if learned:
+        algorithm = InverseRL(algorithm, lambda ids: ids, s.energy_squares, s.energy_updates)
+    with torch.device("meta"):
+        critic = critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None
+    algorithm.check(task, made.solver, critic)
+
+
+def dry_run(s: Settings) -> None:
+    """Print the settings and what they need, unless a run would refuse them before it loads weights."""
+    check(s)
+    outline, learned = pixels.outline(s.model, s.revision, s.variant), s.reward == ENERGY
+    rehearse(s, outline, learned, learned or tuning.differentiable(s))
+    if not s.download:
+        pictures_of(s, outline)
+    print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+
+
 def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Task:
     """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
     check(s, given)
+    outline = pixels.outline(s.model, s.revision, s.variant)
     learned = s.reward == ENERGY and given is None
     shown = None if learned else tuning.rewards_of(s, given)["reward"]
     differentiable = learned or tuning.differentiable(s, shown)
-    pipeline = pipeline_of(s, accelerator.device)
+    rehearse(s, outline, learned, differentiable)
     with accelerator.main_process_first():
-        pictures = pictures_of(s, pipeline)
-    solver = tuning.solver_of(s, pipeline)
+        pictures = pictures_of(s, outline)
+    pipeline = pipeline_of(s, accelerator.device)
     policy = Score.of(pipeline)
-    reference, eta = tuning.reference_of(s, policy, accelerator.device), tuning.eta_of(s, solver)
+    reference = tuning.reference_of(s, policy, accelerator.device)
     torch.manual_seed(s.seed)  # of the first weights of energy and critic
     if learned:
         reward: Any = energy_of(s, pipeline.unet.config.sample_size)
     else:
         reward = Decoded(None, shown, differentiable=differentiable, chunk=s.batch)
-    task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
-    algorithm = tuning.algorithm_of(inner(s) if learned else s, eta > 0)
+    task, made, algorithm = tuning.planned(inner(s) if learned else s, pipeline, reference, reward)
     if learned:
         assert pictures is not None
         algorithm = InverseRL(algorithm, drawn_data(s, policy, pictures), s.energy_squares, s.energy_updates)
     critic = critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None
-    algorithm.check(task, solver, critic)
-    settings = tuning.fit_settings(s, solver)
-    settings.grid(task, s.steps)  # it may not have as many
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
-        conditions=None, fit=settings, pipeline=pipeline,
+        conditions=None, fit=made, pipeline=pipeline,
         reward=LearnedReward(reward) if learned else shown, pictures=pictures,
     )  # fmt: skip
 
@@ -468,8 +488,7 @@ def main(arguments: list[str]) -> None:
     elif command == "export":
         export(tyro.cli(tuning.Export, args=rest))
     elif (s := tuning.settings_of(Settings, rest, APART, str(__doc__)).resolved()).dry_run:
-        check(s)
-        print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+        dry_run(s)
     else:
         train(s)
 

@@ -348,6 +348,30 @@ def _one(name: str, python: str | None) -> Reward:
         raise ValueError(f"{name} cannot be imported: {wrong}") from wrong
 
 
+def unmade(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+    """In place of a reward that is not made yet; nobody calls it."""
+    raise AssertionError
+
+
+LARGE = {"clip-score": True, "pickscore": True, "imagereward": False}
+"""Rewards with a large model, and whether they have a gradient."""
+
+
+def has_gradient(text: str, python: str | None = None) -> bool:
+    """Whether a reward will have one. It is made for that, to see that it can be, unless it has a large model."""
+    found = []
+    for _, name in terms(text):
+        key = name.partition("=")[0]
+        if key not in LARGE:
+            made = reward_of(name, python)
+            found.append(bool(getattr(made, "differentiable", False)))
+            if close := getattr(made, "close", None):
+                close()
+        else:
+            found.append(LARGE[key])
+    return all(found)
+
+
 def own_device() -> dict[str, str]:
     """CUDA_VISIBLE_DEVICES of a worker: of several processes each has the device that accelerate gives it, or they
     would all take the first."""

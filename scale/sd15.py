@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
@@ -40,10 +41,10 @@ from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
 from scale import models, report, tuning
 from scale import prompts as prompt_lists
-from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem, sides_of
+from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, sides_of
 from scale.evaluate import Evaluation, Pictures, draw, evaluate
 from scale.prompts import Prompt
-from scale.rewards import Reward, ask, ceiling_of, terms
+from scale.rewards import Reward, ask, ceiling_of, has_gradient, terms, unmade
 from scale.samplers import known
 from scale.settings import LEARN_VALUES, Settings
 from scale.tuning import Export, Outcome, Watch
@@ -64,10 +65,8 @@ class Task(tuning.Task):
 
 def adapters(unet: UNet2DConditionModel, rank: int) -> None:
     """Low-rank adapters on all attention projections (Hu et al. 2021, arXiv 2106.09685); the rest is not trained."""
-    try:
-        from peft import LoraConfig
-    except ImportError as missing:
-        raise ValueError("lora needs peft: pip install peft") from missing
+    from peft import LoraConfig
+
     unet.requires_grad_(False)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
@@ -76,7 +75,6 @@ def adapters(unet: UNet2DConditionModel, rank: int) -> None:
 def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
     """Loaded, with a UNet that is to be trained and nothing else that is."""
     pipeline = models.load(s.model, s.revision, s.variant)
-    tuning.check_timesteps(pipeline, steps=(s.steps,), eval_headline=(s.eval_headline,), eval_steps=s.eval_steps)
     pipeline.vae.requires_grad_(False)
     pipeline.text_encoder.requires_grad_(False)
     if s.lora:
@@ -110,6 +108,8 @@ def check(s: Settings, given: Reward | None = None) -> tuple[list[Prompt], list[
         )
     if s.samples % s.in_a_row:
         raise ValueError(f"in_a_row must divide the {s.samples} samples of an epoch, got {s.in_a_row}")
+    if s.lora and find_spec("peft") is None:
+        raise ValueError("lora needs peft: pip install peft")
     for reward in (s.reward if given is None else None, s.other_reward):
         if reward is not None:
             terms(reward)
@@ -136,29 +136,46 @@ def try_rewards(pipeline: StableDiffusionPipeline, rewards: dict[str, Reward], *
             ask(reward, grey, prompts[:1])
 
 
+def rehearse(s: Settings, outline: models.Outline, gradient: bool) -> None:
+    """Raise at what can be wrong with these settings on a model, before its weights are loaded."""
+    tuning.check_timesteps(outline, steps=(s.steps,), eval_headline=(s.eval_headline,), eval_steps=s.eval_steps)
+    judged = Decoded(outline.vae, unmade, differentiable=gradient)
+    task, made, algorithm = tuning.planned(s, outline, Score.of(outline, s.guidance), judged)
+    with torch.device("meta"):
+        critic = critic_of(s, task, outline.width, gradient) if s.algorithm in LEARN_VALUES else None
+    algorithm.check(task, made.solver, critic)
+
+
+def dry_run(s: Settings) -> None:
+    """Print the settings and what they need, unless a run would refuse them before it loads weights."""
+    _, eval_prompts = check(s)
+    rehearse(s, models.outline(s.model, s.revision, s.variant), tuning.differentiable(s))
+    if s.other_reward is not None:
+        has_gradient(s.other_reward, s.reward_python)
+    print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+    say_left_out(s, eval_prompts)
+
+
 def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
     """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
     prompts, eval_prompts = check(s, reward)
-    tuning.optimizer_of(s)  # it may lack its package
+    outline = models.outline(s.model, s.revision, s.variant)
     rewards = tuning.rewards_of(s, reward, s.other_reward)
     gradient = tuning.differentiable(s, rewards["reward"])
+    rehearse(s, outline, gradient)
     pipeline = pipeline_of(s, accelerator.device)
     companions = companions_of(s, pipeline) if accelerator.is_main_process else {}
-    solver = tuning.solver_of(s, pipeline)
-    eta = tuning.eta_of(s, solver)
-    algorithm = tuning.algorithm_of(s, eta > 0)
     policy = Score.of(pipeline, s.guidance)
     reference = tuning.reference_of(s, policy, accelerator.device)
     judged = Decoded(pipeline.vae, rewards["reward"], differentiable=gradient, chunk=s.batch)
-    task = problem(reference, judged, beta=s.beta, eta=eta, gamma=s.gamma)
+    task, made, algorithm = tuning.planned(s, pipeline, reference, judged)
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
     torch.manual_seed(s.seed)  # the critic's first weights: loading may have drawn numbers
     critic = critic_of(s, task, conditions.width, gradient) if s.algorithm in LEARN_VALUES else None
-    algorithm.check(task, solver, critic)
     try_rewards(pipeline, rewards, prompts, eval_prompts)
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
-        conditions=conditions, fit=tuning.fit_settings(s, solver), pipeline=pipeline, companions=companions,
+        conditions=conditions, fit=made, pipeline=pipeline, companions=companions,
         prompts=prompts, eval_prompts=eval_prompts, rewards=rewards,
     )  # fmt: skip
 
@@ -410,9 +427,7 @@ def main(arguments: list[str]) -> None:
     elif command == "export":
         export(tyro.cli(Export, args=rest))
     elif (s := settings_of(rest).resolved()).dry_run:
-        _, eval_prompts = check(s)
-        print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
-        say_left_out(s, eval_prompts)
+        dry_run(s)
     else:
         train(s)
 

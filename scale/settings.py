@@ -69,8 +69,6 @@ LEARN_VALUES = (
     "actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning", "td-form", "next-value",
 )  # fmt: skip
 """Those with a critic."""
-DENSE = ("ddpo", "next-value")
-"""Those that need the density of a step, which only some solvers have."""
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
 GRIDS = {
@@ -277,9 +275,6 @@ class Tuning:
         noiseless = self.eta == 0 or (boxed and not self.solver.removeprefix(BOXED).startswith("sde"))
         return {
             "resume goes on with a run, overwrite deletes it: take one": self.resume and self.overwrite,
-            f"algorithm {self.algorithm} needs the density of a step: take solver ddim, exponential or 2m": (
-                self.algorithm in DENSE and (boxed or self.solver == "heun")
-            ),
             "gamma must be > 0 for q-learning, which learns from actions drawn around the mean, and 0 otherwise": (
                 (self.algorithm == "q-learning") != (self.gamma > 0)
             ),
@@ -294,9 +289,6 @@ class Tuning:
             "there is no path KL": (self.kl is not None or self.max_kl is not None) and noiseless,
             f"pretrain must be 0 for {self.algorithm}, which has no critic": bool(
                 self.pretrain and self.algorithm not in LEARN_VALUES
-            ),
-            "reward_python runs a reward elsewhere, so it has no gradient for adjoint-matching": (
-                self.algorithm == "adjoint-matching" and self.reward_python is not None and ":" in self.reward
             ),
         }
 

@@ -46,8 +46,8 @@ from ctrl.problem import ScoreAsAction
 from ctrl.stops import RunFailed
 from ctrl.value import Critic
 from scale import report
-from scale.diffusion import Score
-from scale.rewards import Patient, Reward, built_in, full_name, reward_of
+from scale.diffusion import Score, problem
+from scale.rewards import Patient, Reward, built_in, full_name, has_gradient, reward_of
 from scale.samplers import BlackBox, sampler
 from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
 
@@ -164,6 +164,15 @@ def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
     )  # fmt: skip
 
 
+def planned(s: Tuning, pipeline: Any, reference: Score, reward: Any) -> tuple[ScoreAsAction, FitSettings, Algorithm]:
+    """The problem, how a run is made, and the algorithm. A pipeline, with its reference, may be an outline."""
+    solver = solver_of(s, pipeline)
+    eta = eta_of(s, solver)
+    task, made = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma), fit_settings(s, solver)
+    made.grid(task, s.steps)  # it may not have as many
+    return task, made, algorithm_of(s, eta > 0)
+
+
 def learner_of(s: Tuning, problem: ScoreAsAction, policy: nn.Module) -> nn.Module:
     """The policy, which q-learning gives a noise."""
     return GaussianNetwork(problem, policy) if s.algorithm == "q-learning" else policy
@@ -186,9 +195,13 @@ def rewards_of(s: Tuning, given: Reward | None = None, other: str | None = None)
     return {"reward": first, "other": patient(reward_of(other, s.reward_python), other)}
 
 
-def differentiable(s: Tuning, reward: Reward) -> bool:
-    """Whether the reward has a gradient; raise where the algorithm needs one and it has none."""
-    found = bool(getattr(reward, "differentiable", False))
+def differentiable(s: Tuning, reward: Reward | None = None) -> bool:
+    """Whether the reward, if need be before it is made, has a gradient; raise where the algorithm needs one and it has
+    none."""
+    if reward is None:
+        found = has_gradient(s.reward, s.reward_python)
+    else:
+        found = bool(getattr(reward, "differentiable", False))
     if s.algorithm == "adjoint-matching" and not found:
         raise ValueError(
             f"reward {s.reward} has no gradient, which adjoint-matching needs: take --algorithm actor-critic --options"
@@ -213,6 +226,7 @@ def check(s: Tuning) -> Algorithm:
         raise ValueError(
             f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
         )
+    optimizer_of(s)  # it may lack its package
     if s.log_with == "wandb" and find_spec("wandb") is None:
         raise ValueError("log_with wandb needs wandb: pip install wandb")
     return algorithm_of(dataclasses.replace(s, kl=None), True)

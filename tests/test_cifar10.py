@@ -212,7 +212,6 @@ def test_a_reward_of_ones_own_is_recorded_by_its_name(model, tmp_path):
         ({"reward": "energy"}, "data must be given for reward energy"),
         ({"download": True}, "data must be given with download"),
         ({"steps": 3}, "steps must be at least 4"),
-        ({"solver": "heun", "algorithm": "next-value"}, "next-value needs the density of a step"),
         ({"eval_samplers": ("heun",)}, "eval_sampler must be one of ancestral, ddim"),
         ({"eval_sampler": "unipc"}, "eval_sampler must be another than unipc"),
         ({"energy_updates": 0}, "energy_updates must be >= 1"),
@@ -235,12 +234,18 @@ def test_wrong_settings_say_so(model, tmp_path, changes, message):
         ({"fid_weights": "nowhere.pth"}, "there is no file nowhere.pth"),
         ({"reward": "jpeg-compressibility", "algorithm": "adjoint-matching", "options": ()}, "has no gradient"),
         ({"model": "nobody/nothing"}, "could not be loaded"),
+        ({"solver": "heun", "algorithm": "next-value", "options": ()}, "no transition density, which NextValue needs"),
+        ({"solver": "diffusers/ddim", "algorithm": "td-form", "options": ()}, "transition density, which TDForm needs"),
+        ({"data": "nowhere"}, "nowhere"),
     ],
 )
-def test_wrong_tasks_say_so(model, pictures, tmp_path, changes, message):
-    """Before a folder is made."""
-    with pytest.raises(ValueError, match=message):
-        train(short(model, tmp_path / "run", data=pictures, **changes))
+def test_wrong_tasks_say_so(model, pictures, tmp_path, monkeypatch, changes, message):
+    """By a dry run, and by a run before it loads weights or makes a folder."""
+    monkeypatch.setattr(DDPMPipeline, "from_pretrained", None)
+    s = short(model, tmp_path / "run", **{"data": pictures, **changes})
+    for work in (train, cifar10.dry_run):
+        with pytest.raises(ValueError, match=message):
+            work(s)
     assert not (tmp_path / "run").exists()
 
 

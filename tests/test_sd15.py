@@ -618,7 +618,21 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
         ({"solver": "diffusers/lcm"}, "is of no use here"),
         ({"solver": "diffusers/magic"}, "sampler must be one of"),
         ({"solver": "diffusers/ddim", "kl": 1.0}, "no KL along its paths|noise"),
-        ({"algorithm": "ddpo", "solver": "heun", "options": ()}, "needs the density of a step: take solver ddim"),
+        ({"algorithm": "ddpo", "solver": "heun", "options": ()}, "no transition density, which DDPO needs"),
+        ({"algorithm": "td-form", "solver": "heun", "options": ()}, "no transition density, which TDForm needs"),
+        ({"steps": 900, "grid": "timesteps"}, "end above timestep 0"),
+        ({"reward": "not_there:f"}, "not_there:f cannot be imported: No module named"),
+        ({"other_reward": "math:not_there"}, "cannot be imported: module 'math' has no attribute"),
+        ({"reward": "math.sqrt"}, r"did you mean math:sqrt\?"),
+        ({"reward": "jpeg-compressibility=large"}, "has no model to be named"),
+        (
+            {"reward": "not_there:f", "reward_python": sys.executable},
+            r"not_there:f cannot be had in reward_python(.|\n)*No module named 'not_there'",
+        ),
+        (
+            {"reward": "math:sqrt", "algorithm": "adjoint-matching", "options": (), "reward_python": sys.executable},
+            "has no gradient",
+        ),
         ({"algorithm": "ddop"}, "did you mean 'ddpo'"),
         ({"prompts": "animls"}, "did you mean 'animals'"),
         ({"eval_samplers": ("unpic",)}, "did you mean 'unipc'"),
@@ -636,9 +650,12 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
     ],
     ids=str,
 )
-def test_what_cannot_be_is_said_before_training(model, tmp_path, changes, message):
-    with pytest.raises(ValueError, match=message):
-        train(short(model, tmp_path / "run", **changes))
+def test_what_cannot_be_is_said_before_weights_are_loaded(model, tmp_path, monkeypatch, changes, message):
+    """By a run, and by a dry one."""
+    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
+    for work in (train, sd15.dry_run):
+        with pytest.raises(ValueError, match=message):
+            work(short(model, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
 
 
