@@ -19,30 +19,31 @@ from ctrl.noise import GRID, Noise
 
 FEW = 4
 """Paths an epoch, over all processes."""
-_TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-"""What CUDA may compute in tf32 where float32 is asked for."""
+_TF32: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+"""What CUDA may compute in tf32 where float32 is asked for. Of PyTorch's two switches the older turns the newer one
+(`fp32_precision`) with it, and PyTorch raises where they disagree."""
 
 
 def precision_of(accelerator: Accelerator) -> str:
     """bf16 or fp16 under autocast, by accelerate's names; tf32 where CUDA takes that for float32; or else no."""
     if accelerator.native_amp:
         return accelerator.mixed_precision
-    rounds = accelerator.device.type == "cuda" and any(part.fp32_precision == "tf32" for part in _TF32)
+    rounds = accelerator.device.type == "cuda" and any(part.allow_tf32 for part in _TF32)
     return "tf32" if rounds else "no"
 
 
 @contextmanager
 def full(device: torch.device) -> Iterator[None]:
     """float32 as it is written: no autocast, no tf32."""
-    before = [part.fp32_precision for part in _TF32]
+    before = [part.allow_tf32 for part in _TF32]
     try:
         for part in _TF32:
-            part.fp32_precision = "ieee"
+            part.allow_tf32 = False
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         for part, kept in zip(_TF32, before, strict=True):
-            part.fp32_precision = kept
+            part.allow_tf32 = kept
 
 
 def few_of(samples: int, noise: Noise) -> Tensor:

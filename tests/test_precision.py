@@ -170,17 +170,19 @@ def test_few_paths_are_drawn_by_seed_and_epoch_and_spread_over_processes():
 
 
 def test_full_precision_has_neither_autocast_nor_tf32_and_leaves_both_as_they_were():
-    matmul, conv, x = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.ones(2, 2)
-    before = matmul.fp32_precision, conv.fp32_precision
+    """The older and the newer of PyTorch's switches agree meanwhile: reading the one raises where they do not."""
+    matmul, cudnn, x = torch.backends.cuda.matmul, torch.backends.cudnn, torch.ones(2, 2)
+    before = matmul.allow_tf32, cudnn.allow_tf32
     on_cuda = SimpleNamespace(native_amp=False, device=torch.device("cuda"))
     try:
-        matmul.fp32_precision = conv.fp32_precision = "tf32"
+        matmul.allow_tf32 = cudnn.allow_tf32 = True
         with torch.autocast("cpu", dtype=torch.bfloat16):
             with full(torch.device("cpu")):
-                assert (matmul.fp32_precision, conv.fp32_precision) == ("ieee", "ieee")
+                assert not matmul.allow_tf32 and not cudnn.allow_tf32
+                assert "tf32" not in (matmul.fp32_precision, cudnn.conv.fp32_precision)
                 assert precision_of(on_cuda) == "no" and (x @ x).dtype == torch.float32
             assert (x @ x).dtype == torch.bfloat16
-        assert (matmul.fp32_precision, conv.fp32_precision) == ("tf32", "tf32")
+        assert matmul.allow_tf32 and cudnn.allow_tf32
         assert precision_of(on_cuda) == "tf32" and precision_of(engine("bf16")) == "bf16"
     finally:
-        matmul.fp32_precision, conv.fp32_precision = before
+        matmul.allow_tf32, cudnn.allow_tf32 = before
