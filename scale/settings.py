@@ -125,7 +125,7 @@ class Tuning:
     reward_retries: int = 0
     """How often a reward that fails is asked again before the run ends (what was learned is kept)."""
     reward_timeout: float | None = None
-    """Seconds that a reward may take for a batch."""
+    """Seconds that a reward may take for a batch. Processes wait that much longer for one another than half an hour."""
 
     algorithm: str = "actor-critic"
     """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form, next-value,

@@ -279,13 +279,19 @@ def use_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
+def longest_wait(s: Tuning) -> timedelta:
+    """How long a process waits for the others before it takes them for lost: half an hour, for a model to load and for
+    images that the main process draws, and what the calls of a reward between two waits may take by the settings."""
+    calls = -(-max(s.samples, s.eval_samples) // s.batch)
+    return timedelta(minutes=30, seconds=calls * (s.reward_retries + 1) * (s.reward_timeout or 0.0))
+
+
 def accelerator_of(s: Tuning) -> Accelerator:
     """Processes, precision and trackers. The main process prints what is trained and where: loading takes a while."""
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # the others wait while one evaluates
     use_tf32()
     accelerator = make_accelerator(
         mixed_precision=s.precision, log_with=None if s.log_with == "none" else s.log_with, project_dir=s.out,
-        kwargs_handlers=[patience],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=longest_wait(s))],
     )  # fmt: skip
     check_processes(accelerator)
     if accelerator.is_main_process:

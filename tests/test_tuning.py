@@ -3,6 +3,7 @@
 import html.parser
 import json
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
@@ -235,6 +236,23 @@ def test_what_is_warned_of():
 
 
 # a run
+
+
+@pytest.mark.parametrize(
+    ("changes", "wait"),
+    [
+        ({}, timedelta(minutes=30)),
+        ({"reward_retries": 2}, timedelta(minutes=30)),
+        # 5 calls for 17 samples, 4 at a time, each of them tried three times
+        ({"reward_retries": 2, "reward_timeout": 60.0}, timedelta(minutes=30 + 5 * 3)),
+        ({"reward_timeout": 60.0, "eval_samples": 24}, timedelta(minutes=30 + 6)),
+    ],
+)
+def test_a_lost_process_is_noticed_in_half_an_hour_and_what_a_reward_may_take(tmp_path, changes, wait):
+    s = Mine(**{"out": tmp_path, "samples": 17, "batch": 4, "eval_samples": 2, **changes}).resolved()
+    accelerator = tuning.accelerator_of(s)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert accelerator.init_handler.timeout == wait
 
 
 def test_a_folder_with_a_run_is_not_written_over(tmp_path):
