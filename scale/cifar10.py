@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import tyro
@@ -112,6 +112,10 @@ class Settings(Tuning):
     """The evaluation's grid: these samplers ..."""
     eval_steps: tuple[int, ...] = (10, 20, 50)
     """... at these numbers of steps; none leaves the grid out."""
+    eval_grid_samples: int = 32
+    """Images for each figure in the grid."""
+    eval_kl_samples: int = 128
+    """Images of the headline's for its path KL."""
     fid_weights: Path | None = None
     """File of the Inception network's weights: computes the FID too, by torch-fidelity, against `data`."""
 
@@ -310,17 +314,27 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
             return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
 
         history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
-        found = finish(s, task, history) if accelerator.is_main_process else None
+        found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return tuning.Outcome(task.pipeline, found, history, s.out)
 
 
-def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation:
-    """Keep the pipeline, evaluate against the untuned model, and tell the story."""
-    save(s, task.pipeline)
-    untuned = pixels.load(s.model, s.revision, s.variant).to(task.pipeline.unet.device)
+def finish(
+    s: Settings, task: Task, history: list[dict[str, Any]], accelerator: Accelerator
+) -> Evaluation | None:  # fmt: skip
+    """Keep the pipeline, evaluate it against the untuned model, and tell the story. Every process calls it: they share
+    the evaluation, and the main one has it."""
+    if accelerator.is_main_process:
+        save(s, task.pipeline)
+        card(s, None)
+    if not s.eval:
+        accelerator.print(f"-> {s.out / 'pipeline'}")
+        return None
+    untuned = tuning.untuned(task.pipeline, cast(Score, task.problem.reference))
     found = judged(s, task.pipeline, untuned, task.reward, task.pictures)
+    if not accelerator.is_main_process:
+        return None
     found.write(s.out / "evaluation.json")
     card(s, found)
     sides = [
@@ -348,6 +362,7 @@ def judged(
         pipeline, untuned, reward, samples=s.eval_samples, headline=(s.eval_sampler, s.steps),
         grid=[(name, steps) for name in s.eval_samplers for steps in s.eval_steps],
         grid_samples=s.eval_grid_samples, pictures=pictures, fid_weights=s.fid_weights, batch=s.batch,
+        kl_samples=s.eval_kl_samples,
     )  # fmt: skip
 
 
@@ -358,8 +373,8 @@ def save(s: Settings, pipeline: DDPMPipeline) -> None:
     readable(s.out / "pipeline")
 
 
-def card(s: Settings, found: Evaluation) -> None:
-    """Beside the weights, a model card as the hub reads it."""
+def card(s: Settings, found: Evaluation | None) -> None:
+    """Beside the weights, a model card as the hub reads it, with what was found if it was evaluated."""
     text = f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -380,7 +395,7 @@ pipeline = DDPMPipeline.from_pretrained("pipeline")
 image = pipeline(num_inference_steps={s.steps}).images[0]
 ```
 
-{found.summary()}
+{found.summary() if found else ""}
 """
     (s.out / "pipeline" / "README.md").write_text(text)
 
@@ -420,11 +435,14 @@ def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
     e = tuning.named(e, reward)
     if (e.reward or s.reward) == ENERGY:
         raise ValueError("reward: the energy of a run is not kept beside its pipeline; name another, --reward")
-    s, device = e.over(s, data=e.data, fid_weights=e.fid_weights), make_accelerator().device
-    untuned = pixels.load(s.model, s.revision, s.variant).to(device)
-    found = judged(s, pipeline.to(device), untuned, tuning.rewards_of(s, reward)["reward"], pictures_of(s, untuned))
-    found.write((e.out or e.run) / "evaluation.json")
-    print(found.summary())
+    s, accelerator = e.over(s, data=e.data, fid_weights=e.fid_weights), make_accelerator()
+    untuned = pixels.load(s.model, s.revision, s.variant).to(accelerator.device)
+    found = judged(
+        s, pipeline.to(accelerator.device), untuned, tuning.rewards_of(s, reward)["reward"], pictures_of(s, untuned)
+    )
+    if accelerator.is_main_process:
+        found.write((e.out or e.run) / "evaluation.json")
+        print(found.summary())
     return found
 
 

@@ -223,6 +223,11 @@ class WithoutAdapters(nn.Module):
         if unet.is_gradient_checkpointing:
             unet.enable_gradient_checkpointing(checkpointed)
 
+    @property
+    def device(self) -> torch.device:
+        """As a pipeline asks its parts."""
+        return self.unet.device
+
     def forward(self, *args: Any, **options: Any) -> Any:
         self.unet.disable_adapters()
         try:

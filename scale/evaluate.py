@@ -6,7 +6,8 @@
 For each sampler and number of steps the pipeline's own call draws the same pictures before and after: one noise for a
 sample id, whatever the batch. Rewards and their gain are means over samples, the gain's error is of paired differences.
 Path KL is Girsanov's, from a rollout at eta = 1, in nats a picture. Diversity is the mean distance, per latent
-coordinate, between pictures of one prompt.
+coordinate, between pictures of one prompt. Several processes share the work, in the batches of one, so the numbers are
+those of one.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import copy
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
@@ -37,8 +40,28 @@ from scale.samplers import sampler
 
 GRID = tuple(product(("ddim", "dpmsolver++", "unipc", "euler"), (10, 25, 50, 100)))
 DECODED = 8  # latents at a time
-KL_SAMPLES = 128  # at most: nats differ less from picture to picture than rewards do
 SEED = 1_000_003  # far from those of training
+P, R = TypeVar("P"), TypeVar("R")
+
+
+def shared(pieces: Sequence[P], f: Callable[[P], R]) -> list[R]:
+    """f of each piece, in order: every process does its share of them, and has all. What f returns is sent, so it lies
+    on the CPU."""
+    state = PartialState()
+    mine = [(i, f(pieces[i])) for i in range(state.process_index, len(pieces), state.num_processes)]
+    return [found for _, found in sorted(gather_object(mine), key=lambda pair: pair[0])]
+
+
+def batches(n: int, size: int) -> list[range]:
+    """The ids 0 ... n - 1, `size` at a time."""
+    return [range(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def progress(pieces: Sequence[tuple[int, int]]) -> tqdm:
+    """A bar on the main process, over all pieces of `steps` steps for n pictures; `update` it by its own share."""
+    state = PartialState()
+    total = sum(steps * n for steps, n in pieces[:: state.num_processes])
+    return tqdm(total=total, desc="evaluation", unit="step", disable=not state.is_main_process)
 
 
 @dataclass(frozen=True)
@@ -64,16 +87,17 @@ class Pictures:
             found.append(ask(reward, images, part).float().cpu())
         return torch.cat(found)
 
-    def diversity(self) -> float | None:
-        """Mean distance over pairs of pictures that have a prompt in common; None where there are none."""
-        groups: dict[str, list[int]] = {}
-        for i, prompt in enumerate(self.prompts):
-            groups.setdefault(prompt.text, []).append(i)
-        distances = [
-            torch.pdist(self.latents[index].flatten(1).float()) / math.sqrt(self.latents[0].numel())
-            for index in groups.values() if len(index) > 1
-        ]  # fmt: skip
-        return float(torch.cat(distances).mean()) if distances else None
+
+def diversity(latents: Tensor, prompts: Sequence[Prompt]) -> float | None:
+    """Mean distance over pairs of pictures that have a prompt in common; None where there are none."""
+    groups: dict[str, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        groups.setdefault(prompt.text, []).append(i)
+    distances = [
+        torch.pdist(latents[index].flatten(1).float()) / math.sqrt(latents[0].numel())
+        for index in groups.values() if len(index) > 1
+    ]  # fmt: skip
+    return float(torch.cat(distances).mean()) if distances else None
 
 
 @torch.no_grad()
@@ -90,7 +114,8 @@ def draw(
         )
     drawn.scheduler = box.scheduler
     drawn.set_progress_bar_config(disable=True)
-    device, dtype, unet = pipeline.unet.device, pipeline.unet.dtype, pipeline.unet
+    device, unet = pipeline._execution_device, pipeline.unet
+    dtype = next(unet.parameters()).dtype
     noise, latents, images, chosen = Noise(seed), [], [], [prompts[i % len(prompts)] for i in ids]
     for k in range(0, len(ids), batch):
         start = noise.normal(torch.tensor(ids[k : k + batch]), (unet.config.in_channels, *sides_of(unet)), INITIAL)
@@ -110,11 +135,12 @@ def nats(
 ) -> Estimate:
     """Path KL between the guided processes, of pictures drawn at eta = 1 by Heun, evenly in log-SNR."""
     times, device = grids.log_snr(task, steps), next(policy.parameters()).device
-    paths = [
-        path_kl(task, rollout(task, policy, times, Noise(SEED), ids, solver=Heun(), cond=conditions(ids)), policy)
-        for ids in tqdm(torch.arange(samples, device=device).split(batch), "path KL")
-    ]
-    return Estimate.of(torch.cat(paths).double().cpu())
+
+    def paid(ids: Tensor) -> Tensor:
+        path = rollout(task, policy, times, Noise(SEED), ids, solver=Heun(), cond=conditions(ids))
+        return path_kl(task, path, policy).double().cpu()
+
+    return Estimate.of(torch.cat(shared(torch.arange(samples, device=device).split(batch), paid)))
 
 
 class Written:
@@ -172,40 +198,67 @@ def evaluate(
     pipeline: StableDiffusionPipeline, untuned: StableDiffusionPipeline, prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward], *, samples: int, guidance: float, grid: Sequence[tuple[str, int]] = GRID,
     grid_samples: int | None = None, headline: tuple[str, int] = ("dpmsolver++", 25), ceiling: float | None = None,
-    batch: int = 16, kl_steps: int = 25,
+    batch: int = 16, kl_steps: int = 25, kl_samples: int = 128,
 ) -> Evaluation:  # fmt: skip
     """Before and after. The first of the rewards is the one that was trained on, a second may stand beside it;
-    `headline` is the sampler, and the steps, of the figures outside the grid. The grid may have fewer samples."""
+    `headline` is the sampler, and the steps, of the figures outside the grid. The grid may have fewer samples, and path
+    KL, which differs less from picture to picture than rewards do."""
     few = grid_samples or samples
     cells = [(headline, samples), *((cell, few) for cell in grid)]
+    pieces = [
+        (name, steps, p, ids)
+        for (name, steps), n in cells for p in (untuned, pipeline) for ids in batches(n, batch)
+    ]  # fmt: skip
+    with progress([(steps, len(ids)) for _, steps, _, ids in pieces]) as bar:
+
+        def judge(piece: tuple[str, int, StableDiffusionPipeline, range]) -> Judged:
+            name, steps, p, ids = piece
+            drawn = draw(p, prompts, ids, name, steps, guidance, batch)
+            bar.update(steps * len(ids))
+            return Judged(drawn.latents.cpu(), {key: drawn.rewarded(r, batch) for key, r in rewards.items()})
+
+        found = iter(shared(pieces, judge))
     rows: list[dict[str, Any]] = []
-    bar = tqdm(total=2 * sum(steps * n for (_, steps), n in cells), desc="evaluation", unit="step")
-    diversity: list[float | None] = []
+    spread: list[float | None] = []
     for (name, steps), n in cells:
-        sides = [draw(p, prompts, range(n), name, steps, guidance, batch) for p in (untuned, pipeline)]
-        rows.append({"sampler": name, "steps": steps, **_gains(sides, rewards, batch)})
-        diversity = diversity or [side.diversity() for side in sides]  # the headline comes first
-        bar.update(2 * steps * n)
-    bar.close()
+        sides = [Judged.all_of(islice(found, len(batches(n, batch)))) for _ in ("before", "after")]
+        rows.append({"sampler": name, "steps": steps, **_gains(sides)})
+        chosen = [prompts[i % len(prompts)] for i in range(n)]
+        spread = spread or [diversity(side.latents, chosen) for side in sides]  # the headline comes first
     policy, reference = (Score.of(p, guidance) for p in (pipeline, untuned))
     trained, *others = rewards
     task = problem(reference, Decoded(pipeline.vae, rewards[trained]), beta=1.0)
-    kl = nats(task, policy, Prompts.encode(pipeline, prompts), min(samples, KL_SAMPLES), kl_steps, batch)
+    kl = nats(task, policy, Prompts.encode(pipeline, prompts), min(samples, kl_samples), kl_steps, batch)
     first, other = rows[0], others[0] if others else None
     return Evaluation(
         reward_before=first[f"{trained}_before"], reward_after=first[f"{trained}_after"],
         gain=first[f"{trained}_gain"], gain_se=first[f"{trained}_gain_se"], ceiling=ceiling,
         other_before=first.get(f"{other}_before"), other_after=first.get(f"{other}_after"),
-        path_kl=float(kl.mean), path_kl_se=float(kl.stderr), diversity_before=diversity[0],
-        diversity_after=diversity[1], samples=samples, grid_samples=few, prompt=prompts[0].text, grid=rows[1:],
+        path_kl=float(kl.mean), path_kl_se=float(kl.stderr), diversity_before=spread[0],
+        diversity_after=spread[1], samples=samples, grid_samples=few, prompt=prompts[0].text, grid=rows[1:],
     )  # fmt: skip
 
 
-def _gains(sides: Sequence[Pictures], rewards: Mapping[str, Reward], batch: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Judged:
+    """What is left of n pictures once they are rewarded: latents, (n, C, H, W), and rewards by name, (n,)."""
+
+    latents: Tensor
+    rewards: dict[str, Tensor]
+
+    @staticmethod
+    def all_of(parts: Iterator[Judged]) -> Judged:
+        """Several as one."""
+        every = list(parts)
+        rewards = {key: torch.cat([part.rewards[key] for part in every]) for key in every[0].rewards}
+        return Judged(torch.cat([part.latents for part in every]), rewards)
+
+
+def _gains(sides: Sequence[Judged]) -> dict[str, float]:
     """Means before and after, and of the paired differences."""
     found: dict[str, float] = {}
-    for key, reward in rewards.items():
-        before, after = (side.rewarded(reward, batch).double() for side in sides)
+    for key in sides[0].rewards:
+        before, after = (side.rewards[key].double() for side in sides)
         gain = Estimate.of(after - before)
         found |= {f"{key}_before": float(before.mean()), f"{key}_after": float(after.mean()),
                   f"{key}_gain": float(gain.mean), f"{key}_gain_se": float(gain.stderr)}  # fmt: skip

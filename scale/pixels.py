@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
-from tqdm import tqdm
 
 from ctrl import Estimate
 from ctrl.fields import one_of
 from scale.classifiers import Moments, diversity, features, frechet, histogram
 from scale.data import Pictures
 from scale.diffusion import NO_PROMPT, Decoded, Score, problem
-from scale.evaluate import KL_SAMPLES, SEED, Written, nats
+from scale.evaluate import SEED, Written, batches, nats, progress, shared
 from scale.models import Outline, check_place, check_prediction, check_weights, empty, not_there
 from scale.rewards import Reward, ask
 
@@ -110,12 +110,12 @@ def draw(
 ) -> Tensor:
     """Pictures in [0, 1] on the CPU, (n, 3, H, W), as diffusers' own pipelines draw them; each has its own noise."""
     unet, box, found = pipeline.unet, scheduler(name, pipeline), []
-    size = unet.config.sample_size
+    size, device = unet.config.sample_size, pipeline._execution_device
     for k in range(0, len(ids), batch):
         rngs = [generator(seed, i) for i in ids[k : k + batch]]
         box.set_timesteps(steps)
         noise = {"generator": rngs} if name in NOISY else {}
-        start = randn_tensor((len(rngs), 3, size, size), generator=rngs, device=unet.device, dtype=unet.dtype)
+        start = randn_tensor((len(rngs), 3, size, size), generator=rngs, device=device, dtype=unet.dtype)
         x = start * box.init_noise_sigma
         for t in box.timesteps:
             out = unet(box.scale_model_input(x, t), t, return_dict=False)[0]
@@ -230,46 +230,50 @@ class Evaluation(Written):
 def evaluate(
     pipeline: DDPMPipeline, untuned: DDPMPipeline, reward: Reward, *, samples: int, headline: tuple[str, int],
     grid: Sequence[tuple[str, int]] = (), grid_samples: int = 64, pictures: Pictures | None = None,
-    fid_weights: Path | None = None, batch: int = 64,
+    fid_weights: Path | None = None, batch: int = 64, kl_samples: int = 128,
 ) -> Evaluation:  # fmt: skip
     """Before and after, on the same noise; the untuned model by every sampler at the headline's number of steps."""
     name, steps = headline
-    cells = dict.fromkeys(grid, grid_samples)
-    total = sum(steps for _ in (*SAMPLERS, "after")) * samples + sum(2 * n * cells[_, n] for _, n in cells)
-    bar = tqdm(total=total, desc="evaluation", unit="step")
+    cells, device = list(dict.fromkeys(grid)), pipeline._execution_device
+    sets = [(untuned, by, steps, samples) for by in SAMPLERS] + [(pipeline, name, steps, samples)]
+    sets += [(p, by, n, grid_samples) for by, n in cells for p in (untuned, pipeline)]
+    pieces = [(p, by, n_steps, ids) for p, by, n_steps, n in sets for ids in batches(n, batch)]
+    with progress([(n_steps, len(ids)) for _, _, n_steps, ids in pieces]) as bar:
 
-    def drawn(p: DDPMPipeline, by: str, n_steps: int, n: int) -> Tensor:
-        images = draw(p, range(n), by, n_steps, batch)
-        bar.update(n_steps * n)
-        return images
+        def drawn(piece: tuple[DDPMPipeline, str, int, range]) -> tuple[Tensor, Tensor]:
+            p, by, n_steps, ids = piece
+            images = draw(p, ids, by, n_steps, batch)
+            bar.update(n_steps * len(ids))
+            return images, rewarded(reward, images, device)
 
-    before = {by: drawn(untuned, by, steps, samples) for by in SAMPLERS}
-    after = drawn(pipeline, name, steps, samples)
+        found = iter(shared(pieces, drawn))
+
+    every: list[tuple[Tensor, Tensor]] = []
+    for *_, n in sets:
+        images, rewards = zip(*islice(found, len(batches(n, batch))), strict=True)
+        every.append((torch.cat(images), torch.cat(rewards)))
+    before = {by: images for by, (images, _) in zip(SAMPLERS, every, strict=False)}
+    started = {by: rewards for by, (_, rewards) in zip(SAMPLERS, every, strict=False)}
+    (after, ended), *sides = every[len(SAMPLERS) :]
     held = None if pictures is None else pictures.batch(torch.arange(len(pictures))) / 2 + 0.5
     real = Moments.embedded() if held is None else Moments.of(features(held))
-
-    def row(by: str, n: int) -> dict[str, Any]:
-        sides = [drawn(p, by, n, grid_samples) for p in (untuned, pipeline)]
-        return {"sampler": by, "steps": n, **_gains(sides, reward, real, untuned.unet.device)}
-
-    rows = [row(by, n) for by, n in cells]
-    bar.close()
-    device = untuned.unet.device
-    rewards = {by: rewarded(reward, images, device) for by, images in before.items()}
-    ended = rewarded(reward, after, device)
+    rows = [
+        {"sampler": by, "steps": n, **_gains(*pair, real)}
+        for (by, n), *pair in zip(cells, sides[::2], sides[1::2], strict=True)
+    ]
     seen, seen_after = {by: features(images) for by, images in before.items()}, features(after)
     away = {by: frechet(Moments.of(f), real) for by, f in seen.items()}
-    best = max(rewards, key=lambda by: float(rewards[by].mean()))
+    best = max(started, key=lambda by: float(started[by].mean()))
     nearer = min(away, key=lambda by: away[by])
     task = problem(Score.of(untuned), Decoded(None, reward), beta=1.0)
-    kl = nats(task, Score.of(pipeline), lambda ids: None, min(samples, KL_SAMPLES), 25, batch)
-    gain = Estimate.of(ended - rewards[best])
+    kl = nats(task, Score.of(pipeline), lambda ids: None, min(samples, kl_samples), 25, batch)
+    gain = Estimate.of(ended - started[best])
     shown = (before[name], after)
     copies = [None if held is None else float(nearest(images, held).quantile(0.01)) for images in shown]
     fids = [None if held is None or fid_weights is None else fid(images, held, fid_weights) for images in shown]
     return Evaluation(
-        sampler=name, steps=steps, samples=samples, reward_before=float(rewards[name].mean()),
-        reward_best_untuned=float(rewards[best].mean()), best_untuned=best, reward_after=float(ended.mean()),
+        sampler=name, steps=steps, samples=samples, reward_before=float(started[name].mean()),
+        reward_best_untuned=float(started[best].mean()), best_untuned=best, reward_after=float(ended.mean()),
         gain=float(gain.mean), gain_se=float(gain.stderr), path_kl=float(kl.mean), path_kl_se=float(kl.stderr),
         frechet_in=f"the judging classifier's features, to {'CIFAR-10' if held is None else 'the data'}",
          frechet_before=away[name], frechet_best_untuned=away[nearer],
@@ -277,7 +281,7 @@ def evaluate(
         fid_after=fids[1], diversity_before=diversity(seen[name]), diversity_after=diversity(seen_after),
         classes_before=histogram(before[name]), classes_after=histogram(after), nearest_before=copies[0],
         nearest_after=copies[1],
-        untuned={by: {"reward": float(r.mean()), "frechet": away[by]} for by, r in rewards.items()},
+        untuned={by: {"reward": float(r.mean()), "frechet": away[by]} for by, r in started.items()},
         grid_samples=grid_samples, grid=rows,
     )  # fmt: skip
 
@@ -289,10 +293,10 @@ def rewarded(reward: Reward, images: Tensor, device: torch.device, batch: int = 
     return torch.cat(parts).double().cpu()
 
 
-def _gains(sides: Sequence[Tensor], reward: Reward, real: Moments, device: torch.device) -> dict[str, float]:
-    """Means before and after, of paired differences, and Frechet distances."""
-    first, last = (rewarded(reward, images, device) for images in sides)
-    away, after = (frechet(Moments.of(features(images)), real) for images in sides)
+def _gains(before: tuple[Tensor, Tensor], tuned: tuple[Tensor, Tensor], real: Moments) -> dict[str, float]:
+    """Means before and after, of paired differences, and Frechet distances, of pictures and their rewards."""
+    (_, first), (_, last) = before, tuned
+    away, after = (frechet(Moments.of(features(images)), real) for images, _ in (before, tuned))
     gain = Estimate.of(last - first)
     return {
         "reward_before": float(first.mean()), "reward_after": float(last.mean()), "reward_gain": float(gain.mean),

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import tyro
@@ -190,11 +190,11 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     with locked(s.out, accelerator):
         task = assemble(s, reward, accelerator)
         tuning.begin(s, task, accelerator, "sd15", left=("lora",))
-        if accelerator.is_main_process:
+        if accelerator.is_main_process and s.eval:
             say_left_out(s, task.eval_prompts)
         watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
         history = tuning.learn(s, task, accelerator, watch)
-        found = finish(s, task, history) if accelerator.is_main_process else None
+        found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return Outcome(task.pipeline, found, history, s.out)
@@ -205,16 +205,32 @@ def shown(s: Settings, pipeline: StableDiffusionPipeline, prompts: Sequence[Prom
     return draw(pipeline, prompts, range(Watch.SHOWN), "dpmsolver++", Watch.STEPS, s.guidance, s.batch)
 
 
-def finish(s: Settings, task: Task, history: list[dict[str, Any]]) -> Evaluation:
-    """Evaluate against the untuned model, keep the pipeline, and tell the story."""
-    save(s, task.pipeline, task.companions)  # first of all: what follows takes a while, and asks foreign code
-    untuned = models.load(s.model, s.revision, s.variant).to(task.pipeline.unet.device)
-    found = judged(s, task.pipeline, untuned, task.eval_prompts, task.rewards)
+def finish(
+    s: Settings, task: Task, history: list[dict[str, Any]], accelerator: Accelerator
+) -> Evaluation | None:  # fmt: skip
+    """Keep the pipeline, evaluate it against the untuned model, and tell the story. Every process calls it: they share
+    the evaluation, and the main one has it."""
+    main, prompts = accelerator.is_main_process, task.eval_prompts
+    if main:
+        save(s, task.pipeline, task.companions)  # first of all: what follows takes a while, and asks foreign code
+        card(s, prompts[0], None)
+    if not s.eval:
+        accelerator.print(f"-> {kept_in(s)}")
+        return None
+    untuned = tuning.untuned(task.pipeline, cast(Score, task.problem.reference))
+    found = judged(s, task.pipeline, untuned, prompts, task.rewards)
+    if not main:
+        return None
     found.write(s.out / "evaluation.json")
-    card(s, found)
-    tell(s, found, history, shown(s, untuned, task.eval_prompts), shown(s, task.pipeline, task.eval_prompts))
-    print(found.summary(), f"-> {s.out / 'report.html'}, {s.out / ('lora' if s.lora else 'pipeline')}", sep="\n")
+    card(s, prompts[0], found)
+    tell(s, found, history, shown(s, untuned, prompts), shown(s, task.pipeline, prompts))
+    print(found.summary(), f"-> {s.out / 'report.html'}, {kept_in(s)}", sep="\n")
     return found
+
+
+def kept_in(s: Settings) -> Path:
+    """The folder of what was trained."""
+    return s.out / ("lora" if s.lora else "pipeline")
 
 
 def tell(s: Settings, found: Evaluation, history: list[dict[str, Any]], before: Pictures, after: Pictures) -> None:
@@ -238,7 +254,7 @@ def judged(
     return evaluate(
         pipeline, untuned, prompts, rewards, samples=s.eval_samples, guidance=s.guidance,
         grid=tuple(product(s.eval_samplers, s.eval_steps)), grid_samples=s.eval_grid_samples,
-        headline=("dpmsolver++", s.eval_headline), kl_steps=s.eval_headline,
+        headline=("dpmsolver++", s.eval_headline), kl_steps=s.eval_headline, kl_samples=s.eval_kl_samples,
         ceiling=ceiling_of(rewards["reward"], prompts), batch=s.batch,
     )  # fmt: skip
 
@@ -261,9 +277,9 @@ def save(s: Settings, pipeline: StableDiffusionPipeline, companions: dict[str, A
     models.readable(s.out / "pipeline")
 
 
-def card(s: Settings, found: Evaluation) -> None:
-    """Beside the weights, a model card as the hub reads it. Adapters go with a base that is in float32, as in training,
-    whatever its files are in."""
+def card(s: Settings, prompt: Prompt, found: Evaluation | None) -> None:
+    """Beside the weights, a model card as the hub reads it, with what was found if it was evaluated. Adapters go with a
+    base that is in float32, as in training, whatever its files are in."""
     base = str(Path(s.model).resolve()) if Path(s.model).exists() else s.model
     options = {"revision": s.revision, "variant": s.variant}
     given = "".join(f", {name}={json.dumps(value)}" for name, value in options.items() if value is not None)
@@ -290,12 +306,12 @@ tags: [stable-diffusion, text-to-image, reinforcement-learning, score-as-action]
 
 ```python
 {loading}
-image = pipeline({json.dumps(found.prompt)}, guidance_scale={s.guidance:g}).images[0]
+image = pipeline({json.dumps(prompt.text)}, guidance_scale={s.guidance:g}).images[0]
 ```
 
-{found.summary()}
+{found.summary() if found else ""}
 """
-    (s.out / ("lora" if s.lora else "pipeline") / "README.md").write_text(text)
+    (kept_in(s) / "README.md").write_text(text)
 
 
 # ------------------------------------------------------------------------------------------ what it would need
@@ -348,13 +364,15 @@ def evaluate_run(e: Evaluate, reward: Reward | None = None) -> Evaluation:
     """Write evaluation.json anew. reward: a function of yours in place of `e.reward`."""
     s, pipeline = tuned(e.run)
     s = tuning.named(e, reward).over(s, other_reward=e.other_reward, eval_prompts=e.prompts, guidance=e.guidance)
-    device = make_accelerator().device
+    accelerator = make_accelerator()
     prompts, rewards = prompt_lists.read(s.eval_prompts or s.prompts), tuning.rewards_of(s, reward, s.other_reward)
-    say_left_out(s, prompts)
+    if accelerator.is_main_process:
+        say_left_out(s, prompts)
     untuned = models.load(s.model, s.revision, s.variant)
-    found = judged(s, pipeline.to(device), untuned.to(device), prompts, rewards)
-    found.write((e.out or e.run) / "evaluation.json")
-    print(found.summary())
+    found = judged(s, pipeline.to(accelerator.device), untuned.to(accelerator.device), prompts, rewards)
+    if accelerator.is_main_process:
+        found.write((e.out or e.run) / "evaluation.json")
+        print(found.summary())
     return found
 
 
@@ -364,7 +382,7 @@ def export(o: Export) -> Path:
     folder, pipeline = tuning.chosen(o, s.beta), pipeline_of(s, torch.device("cpu"))
     tuning.restore(pipeline.unet, folder)
     save(dataclasses.replace(s, out=o.run), pipeline, companions_of(s, pipeline))
-    print(f"{folder.name} -> {o.run / ('lora' if s.lora else 'pipeline')}")
+    print(f"{folder.name} -> {kept_in(dataclasses.replace(s, out=o.run))}")
     return folder
 
 

@@ -82,17 +82,22 @@ LIMITS = {
     **dict.fromkeys(("pretrain", "pictures_every", "reward_retries", "seed"), ">= 0"),
     **dict.fromkeys(("beta", "eta", "gamma", "critic_lr", "reward_lr"), ">= 0"),
     **dict.fromkeys(("lr", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
-    **dict.fromkeys(("steps", "eval_samples", "eval_grid_samples"), ">= 2"), "mismatch": "in [0, inf]",
-    "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
+    **dict.fromkeys(("steps", "eval_samples", "eval_kl_samples", "eval_grid_samples"), ">= 2"),
+    "mismatch": "in [0, inf]", "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "min_diversity": "in [0, 1]",
 }  # fmt: skip
 
 FREE = frozenset((
     "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
     "stop_on_collapse", "patience", "mismatch", "reward_retries", "reward_timeout", "reward_python", "pictures_every",
-    "log_with", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference", "channels_last",
-    "compile",
+    "log_with", "eval", "quick", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
+    "channels_last", "compile",
 ))  # fmt: skip
 """What may change when a run is gone on with."""
+
+
+def processes() -> int:
+    """How many there are, by whoever launched them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def precision_here() -> str:
@@ -221,14 +226,21 @@ class Tuning:
     """Epochs between grids of pictures, always from the same noise; 0 draws none."""
     log_with: Literal["tensorboard", "wandb", "none"] = "tensorboard"
     """Where metrics and pictures go besides the folder."""
+    eval: bool = True
+    """Evaluate against the untuned model at the end, in float32, on all processes; `evaluate --run` does so later."""
     eval_samples: int = 128
-    """Pictures for each figure of the headline of the evaluation."""
+    """Images for each figure of the headline of the evaluation."""
+    eval_kl_samples: int = 32
+    """Images of them for its path KL, which differs less from one to another, and costs as much as 100 steps each."""
     eval_samplers: tuple[str, ...] = ("ddim", "dpmsolver++", "unipc", "euler")
     """The evaluation's grid: these samplers ..."""
-    eval_steps: tuple[int, ...] = (10, 25, 50, 100)
+    eval_steps: tuple[int, ...] = (10, 25)
     """... at these numbers of steps; none leaves the grid out."""
-    eval_grid_samples: int = 32
-    """Pictures for each figure in the grid."""
+    eval_grid_samples: int = 16
+    """Images for each figure in the grid."""
+    quick: bool = False
+    """A trial of everything from loading to report, in OUT-quick, which is overwritten: two epochs of eight images, and
+    figures of four."""
     dry_run: bool = False
     """Only print these settings, and what they would need."""
 
@@ -250,7 +262,17 @@ class Tuning:
     def resolved(self) -> Self:
         """What is left to be chosen is chosen: the settings of a run on this machine, as its config.json has them."""
         precision = precision_here() if self.precision == "auto" else self.precision
-        return dataclasses.replace(self, precision=precision, lr=self.usual_lr if self.lr is None else self.lr)
+        chosen = dataclasses.replace(self, precision=precision, lr=self.usual_lr if self.lr is None else self.lr)
+        return chosen.small() if self.quick else chosen
+
+    def small(self) -> Self:
+        """The same for a trial."""
+        return dataclasses.replace(
+            self, quick=False, out=self.out.with_name(f"{self.out.name}-quick"), overwrite=not self.resume,
+            epochs=min(self.epochs, 2), pretrain=min(self.pretrain, 1), samples=max(8, processes()), pictures_every=1,
+            eval_samples=4, eval_kl_samples=4, eval_grid_samples=4, eval_samplers=self.eval_samplers[:1],
+            eval_steps=self.eval_steps[:1],
+        )  # fmt: skip
 
     @property
     def usual_lr(self) -> float:
@@ -392,6 +414,11 @@ class Settings(Tuning):
         if other == "auto":
             other = "clip-score" if {"pickscore", "imagereward"} & {*names_of(self.reward)} else None
         return dataclasses.replace(super().resolved(), other_reward=other)
+
+    def small(self) -> Self:
+        found = super().small()
+        samples = -(-found.samples // self.in_a_row) * self.in_a_row
+        return dataclasses.replace(found, samples=samples, eval_headline=min(self.eval_headline, 10))
 
     @property
     def usual_lr(self) -> float:

@@ -10,6 +10,7 @@ what a run leaves.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -52,6 +53,7 @@ from scale.samplers import BlackBox, sampler
 from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
 
 S = TypeVar("S", bound=Tuning)
+P = TypeVar("P", bound=DiffusionPipeline)
 Named = TypeVar("Named", bound="Tuning | Evaluate")
 
 # ------------------------------------------------------------------------------------------ the parts
@@ -338,7 +340,17 @@ def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback)
     )  # fmt: skip
     if result.ema is not None:
         task.learner.load_state_dict(result.ema.state_dict())
+    accelerator.free_memory()  # of the optimisers; what follows has use for it, and for that of the gradients
+    for p in task.learner.parameters():
+        p.grad = None
     return result.history
+
+
+def untuned(pipeline: P, reference: Score) -> P:
+    """The pipeline as it was before training, with what the reference has of it."""
+    found = copy.copy(pipeline)
+    found.unet = reference.unet
+    return found
 
 
 def pretrain(s: Tuning, task: Task, accelerator: Accelerator) -> None:

@@ -1,17 +1,23 @@
 """scale/evaluate.py: fixed seeds, paired differences, and the pipeline's own pictures."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from ctrl import Noise
+from ctrl.device import make_accelerator
 from ctrl.noise import INITIAL
-from scale.evaluate import SEED, Pictures, draw, evaluate
+from scale.evaluate import SEED, batches, diversity, draw, evaluate, shared
 from scale.make_tiny_sd import unet, untrained
 from scale.prompts import Prompt
 
+ROOT = Path(__file__).parents[1]
 PROMPTS = [Prompt("a red circle on a white ground", {"weight": 2.0}), Prompt("a blue cross on a black ground")]
 
 
@@ -26,7 +32,11 @@ def blueness(images, prompts, metadata):
 
 @pytest.fixture
 def pipeline():
-    """The embedded model's parts, untrained, and not zero where training would have moved them."""
+    """The embedded model's parts, untrained."""
+    return made()
+
+
+def made():
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     found = untrained()
@@ -67,8 +77,49 @@ def test_diversity_is_within_a_prompt():
     """Two prompts, pictures at distances 1 and 3 a coordinate."""
     latents = torch.tensor([0.0, 10.0, 1.0, 13.0])[:, None, None, None].expand(4, 4, 8, 8)
     two = [Prompt("a"), Prompt("b"), Prompt("a"), Prompt("b")]
-    assert Pictures(latents, torch.zeros(4, 3, 8, 8), two).diversity() == pytest.approx(2.0)
-    assert Pictures(latents[:2], torch.zeros(2, 3, 8, 8), two[:2]).diversity() is None
+    assert diversity(latents, two) == pytest.approx(2.0)
+    assert diversity(latents[:2], two[:2]) is None
+
+
+def both(pipeline):
+    """An evaluation of several batches, the last of them smaller."""
+    return evaluate(
+        tuned(pipeline), pipeline, PROMPTS, {"red": redness, "blue": blueness}, samples=5, guidance=2.0,
+        grid=[("euler", 2)], grid_samples=3, headline=("ddim", 3), kl_steps=2, batch=2,
+    )  # fmt: skip
+
+
+def worker(folder, rank, world):
+    """One process of several."""
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/store", world)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
+    make_accelerator()
+    drawn = []
+    pieces = shared(batches(7, 2), lambda ids: drawn.append(ids) or list(ids))
+    assert pieces == [[0, 1], [2, 3], [4, 5], [6]] and drawn == batches(7, 2)[rank::world]
+    both(made()).write(Path(folder, f"{rank}.json"))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_several_processes_share_an_evaluation_and_find_what_one_finds(tmp_path, pipeline):
+    """Each draws its share, of the same batches, and all have the same numbers, to the last bit."""
+    world = {
+        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
+        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path), str(rank)],
+            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    both(pipeline).write(tmp_path / "one.json")
+    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    one, *found = ((tmp_path / f"{name}.json").read_text() for name in ("one", 0, 1))
+    assert found == [one, one]
 
 
 def test_a_model_gains_nothing_on_itself(pipeline, tmp_path):
@@ -107,3 +158,7 @@ def test_a_gain_is_paired_and_kl_is_of_guided_processes(pipeline):
     span = float((kept[0] / (1 - kept[0])).log() - (kept[-1] / (1 - kept[-1])).log())
     assert found.path_kl == pytest.approx(0.5 * 256 * by**2 * span, rel=0.065)
     assert found.path_kl_se < 1e-3 * found.path_kl
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], int(sys.argv[2]), 2)

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import gc
 import html.parser
 import json
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from itertools import product
 from pathlib import Path
 
@@ -141,7 +143,7 @@ def test_the_card_names_its_base_and_quotes_its_prompt(run, model, tmp_path):
     assert run.evaluation.summary() in body
     (tmp_path / "pipeline").mkdir()
     s = dataclasses.replace(Settings.read(run.out / "config.json"), out=tmp_path)
-    sd15.card(s, dataclasses.replace(run.evaluation, prompt='a "red" fox\n'))
+    sd15.card(s, Prompt('a "red" fox\n'), run.evaluation)
     ast.parse(block_of(tmp_path / "pipeline" / "README.md"))
 
 
@@ -593,6 +595,62 @@ def test_a_constant_in_the_reward_changes_nothing(tmp_path):
         assert other == pytest.approx(kl, rel=0.02)
     assert raised.evaluation.path_kl == pytest.approx(plain.evaluation.path_kl, rel=0.02)
     assert raised.evaluation.gain == pytest.approx(plain.evaluation.gain, rel=0.02, abs=2**-19)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=str)
+def test_the_untuned_side_of_the_evaluation_is_the_reference(model, tmp_path, monkeypatch, changes):
+    """No second pipeline is loaded; what it would have found is the same."""
+    if changes:
+        pytest.importorskip("peft")
+    loaded = []
+    monkeypatch.setattr(models, "load", lambda *given, load=models.load: loaded.append(given) or load(*given))
+    found = train(short(model, tmp_path / "run", epochs=1, pictures_every=0, **changes))
+    assert len(loaded) == 1
+    again = evaluate_run(Evaluate(tmp_path / "run", out=tmp_path))
+    assert (again.reward_before, again.gain) == pytest.approx(
+        (found.evaluation.reward_before, found.evaluation.gain), abs=1e-5
+    )
+
+
+def test_training_frees_its_optimisers_before_the_evaluation(model, tmp_path, monkeypatch):
+    """And gradients: they are three times the weights."""
+    made, seen = [], []
+
+    def adam(*given, **options):
+        optimizer = torch.optim.AdamW(*given, **options)
+        made.append(weakref.ref(optimizer))
+        return optimizer
+
+    def look(s, pipeline, *given, judged=sd15.judged):
+        gc.collect()
+        seen.append(([ref() for ref in made], [p for p in pipeline.unet.parameters() if p.grad is not None]))
+        return judged(s, pipeline, *given)
+
+    monkeypatch.setattr(tuning, "optimizer_of", lambda s: adam)
+    monkeypatch.setattr(sd15, "judged", look)
+    train(short(model, tmp_path / "run", epochs=1, pictures_every=0))
+    assert seen == [([None, None], [])]
+
+
+def test_a_run_may_leave_the_evaluation_out(model, tmp_path, capsys):
+    """Its pipeline is kept, with a card; `evaluate --run` finds later what would have been found."""
+    found = train(short(model, tmp_path / "run", epochs=1, pictures_every=0, eval=False))
+    assert found.evaluation is None and str(tmp_path / "run" / "pipeline") in capsys.readouterr().out
+    left = sorted(file.name for file in (tmp_path / "run").iterdir() if not file.name.startswith(("sd15", ".")))
+    assert left == ["checkpoints", "config.json", "metrics.jsonl", "pipeline"]
+    assert "base_model" in (tmp_path / "run" / "pipeline" / "README.md").read_text()
+    assert evaluate_run(Evaluate(tmp_path / "run")).path_kl > 0
+
+
+def test_a_trial_is_small_and_of_everything(model, tmp_path):
+    """In a folder of its own, which it overwrites."""
+    s = short(model, tmp_path / "run", quick=True, in_a_row=3, epochs=7, samples=999, eval_samples=999)
+    for _ in range(2):
+        found = train(s)
+        assert found.out == tmp_path / "run-quick" and (found.out / "report.html").is_file()
+        assert [m["trajectories"] for m in found.history] == [9, 18] and found.evaluation.samples == 4
+    assert not (tmp_path / "run").exists()
+    assert Settings.read(found.out / "config.json").resolved().out == found.out
 
 
 # settings
