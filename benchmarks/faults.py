@@ -418,11 +418,11 @@ class Poisoned(ActorCritic):
     def learn(self, run: Run) -> None:
         update, done = run.update, 0
 
-        def poisoned(name: str, loss: Any, nodes: Any, size: int) -> None:
+        def poisoned(name: str, loss: Any, nodes: Any, size: int, calls: int = 1) -> None:
             nonlocal done
             done += name == "policy"
             factor = self.factor(run.epoch, done) if name == "policy" else 1.0
-            update(name, lambda n: factor * loss(n), nodes, size)
+            update(name, lambda n: factor * loss(n), nodes, size, calls)
 
         run.update = poisoned  # type: ignore[method-assign]
         try:

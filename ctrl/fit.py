@@ -245,8 +245,10 @@ class Run:
         self.ema = copy.deepcopy(policy, frozen).requires_grad_(False) if settings.ema else None
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
         self.epoch = self.kept = 0
-        # a network call is policy, reference or critic at one node; an update counts each of its nodes once
+        # a network call is policy, reference or critic at one state, with what it calls itself, and with its gradient
+        # where that is taken; what a run does to check itself is not counted
         self.counts = {"trajectories": 0, "network_calls": 0, "reward_calls": 0}
+        self._acting = 0  # calls in rollouts of this process that are not in the counts yet
         self.history: list[dict[str, Any]] = []
         self.strikes: dict[str, int] = {}
         self.stops = Stops(settings.max_hours, listen=settings.out is not None)
@@ -320,10 +322,12 @@ class Run:
         """A structured critic asks the reward too, wherever V is wanted."""
         asked = getattr(self._critic, "asked", None)
         if asked is not None:
-            self.counts["reward_calls"] += int(
-                self.accelerator.reduce(torch.tensor(asked, device=self.accelerator.device))
-            )
+            self.counts["reward_calls"] += self._of_all(asked)
             self._critic.asked = 0  # type: ignore[union-attr]
+
+    def _of_all(self, count: int) -> int:
+        """The sum over processes."""
+        return int(self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device)))
 
     def _collected(self) -> Batch | None:
         """This process's share of an epoch's trajectories; nothing, if some of any process left the numbers. Any other
@@ -349,7 +353,8 @@ class Run:
         """Metrics of what was collected: the mean and the spread of rewards, and of final states."""
         self.counts["trajectories"] += self.settings.samples
         self.counts["reward_calls"] += self.settings.samples
-        self.counts["network_calls"] += self.settings.samples * self.settings.steps * self.settings.solver.calls
+        self.counts["network_calls"] += self._of_all(self._acting)
+        self._acting = 0
         reward, x = batch.trajectory.reward, batch.trajectory.x[-1]
         assert reward is not None
         self.log("reward", reward)
@@ -366,6 +371,10 @@ class Run:
         first = self.epoch * settings.samples
         ids = torch.arange(first + self.replay.rank, first + settings.samples, self.replay.world, device=device)
         behaviour = self.algorithm.behaviour(self.policy)
+        if isinstance(behaviour, GaussianPolicy):
+            behaviour = replace(behaviour, mean=self._counted(behaviour.mean))
+        else:
+            behaviour = self._counted(behaviour)
         paths = []
         for part in ids.split(settings.batch):
             with self.accelerator.autocast():
@@ -374,6 +383,15 @@ class Run:
                 path = with_reward(path, self.problem.reward(path.x[-1], cond))
             paths.append(replace(path, cond=None))
         return Batch(concatenate(paths))
+
+    def _counted(self, mean: Mean) -> Mean:
+        """The same, counting its calls: how many a step makes is the solver's affair."""
+
+        def counted(t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+            self._acting += len(x)
+            return mean(t, x, cond)
+
+        return counted
 
     def rewarded(self, path: Trajectory) -> Trajectory:
         """The same trajectories with the reward as it is now."""
@@ -463,25 +481,28 @@ class Run:
         index = torch.tensor(list(k)).repeat_interleave(batch.samples)
         return self._ready(batch.gather(index, torch.arange(batch.samples).repeat(len(k))))
 
-    def deal(self, updates: int, size: int, *, last: int | None = None, label: Label | None = None) -> Iterator[Nodes]:
+    def deal(
+        self, updates: int, size: int, *, last: int | None = None, label: Label | None = None, calls: int = 1
+    ) -> Iterator[Nodes]:
         """`updates` hands of `size` nodes, counted over all processes, from a shuffled deck of what is in store; node
         numbers up to `last` (all). Yields this process's equal share of each.
 
         label: what to lay beside the nodes; of many hands at once, so it may not depend on what the updates move. It
             may differentiate a network: it is called with `settings.micro_batch` nodes at a time.
+        calls: network calls that label makes at a node.
         """
         last, together = self.settings.steps if last is None else last, max(self.settings.batch // size, 1)
         for held, owner in self.replay.deal(updates, size, 0, last, self._deck, together):
             drawn, sizes = share_out(held, owner, self.accelerator)
-            nodes = self.labelled(self._ready(drawn), label, owner.numel())
+            nodes = self.labelled(self._ready(drawn), label, calls * owner.numel())
             for n, end in zip(sizes, itertools.accumulate(sizes), strict=True):
                 yield nodes.part(slice(end - n, end))
 
-    def labelled(self, nodes: Nodes, label: Label | None, size: int) -> Nodes:
-        """The nodes, `size` over all processes, with what label(nodes) gives for them; one network call each."""
+    def labelled(self, nodes: Nodes, label: Label | None, calls: int) -> Nodes:
+        """The nodes with what label(nodes) gives for them, in `calls` network calls over all processes."""
         if label is None:
             return nodes
-        self.counts["network_calls"] += size
+        self.counts["network_calls"] += calls
         parts, micro = [], self.settings.micro_batch
         for i in range(0, len(nodes), micro):
             with torch.no_grad(), self.accelerator.autocast():
@@ -504,14 +525,14 @@ class Run:
         nodes = nodes.each(lambda v: v.to(self.accelerator.device, non_blocking=True))
         return replace(nodes, cond=self.conditions(nodes.ids))
 
-    def update(self, name: str, loss: Loss, nodes: Nodes, size: int) -> None:
+    def update(self, name: str, loss: Loss, nodes: Nodes, size: int, calls: int = 1) -> None:
         """One optimiser step of the model `name` on the mean of loss over `size` nodes, of which this process has
-        some. A critic without parameters, such as an exact one, is left as it is."""
+        some; `calls` network calls each. A critic without parameters, such as an exact one, is left as it is."""
         if name not in self.learners:
             return
         learner = self.learners[name]
         total = self.backward(learner, loss, nodes, size)
-        self.counts["network_calls"] += size
+        self.counts["network_calls"] += calls * size
         self.accelerator.unscale_gradients(learner.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None])
         if not bool(torch.isfinite(norm + total)):

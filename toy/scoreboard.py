@@ -181,14 +181,16 @@ class _Probed(Exception):
 class _Probe(Run):
     """A run that learns nothing: it deals all nodes at once and stops at the policy's first gradient."""
 
-    def deal(self, updates: int, size: int, *, last: int | None = None, label: Label | None = None) -> Iterator[Nodes]:
+    def deal(
+        self, updates: int, size: int, *, last: int | None = None, label: Label | None = None, calls: int = 1
+    ) -> Iterator[Nodes]:
         nodes = self.nodes(self.replay.batches[-1], range((self.settings.steps if last is None else last) + 1))
-        yield self.labelled(nodes, label, len(nodes))
+        yield self.labelled(nodes, label, calls * len(nodes))
 
     def deal_paths(self, updates: int, size: int) -> Iterator[Batch]:
         yield self.replay.batches[-1]
 
-    def update(self, name: str, loss: Loss, nodes: Nodes, size: int) -> None:
+    def update(self, name: str, loss: Loss, nodes: Nodes, size: int, calls: int = 1) -> None:
         if name == "policy":
             self.backward(self.learners[name], loss, nodes, len(nodes))
             raise _Probed

@@ -57,7 +57,7 @@ class AdjointMatching(Algorithm):
         def label(n: Nodes) -> dict[str, Tensor]:
             return {"best": greedy(run.problem, n.t, n["a_ref"], n["p"])}
 
-        for nodes in run.deal(self.updates, self.nodes, label=label):
+        for nodes in run.deal(self.updates, self.nodes, label=label, calls=0):
             run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, self.nodes)
 
     def adjoints(self, run: Run, batch: Batch) -> list[Tensor]:
@@ -71,7 +71,7 @@ class AdjointMatching(Algorithm):
                 found = lean_adjoint(run.problem, path) if self.lean else (adjoint(run.problem, path, run.policy),)
             parts.append([v.to(path.x.dtype) for v in found])
         samples = run.settings.samples
-        run.counts["network_calls"] += samples * (batch.steps + 1)
+        run.counts["network_calls"] += samples * (batch.steps + 1) * (1 if self.lean else 2)  # reference, and policy
         run.counts["reward_gradients"] = run.counts.get("reward_gradients", 0) + samples
         return [torch.cat(v, 1) for v in zip(*parts, strict=True)]
 

@@ -67,7 +67,7 @@ class DDPO(Algorithm):
         gain = decay * path.reward - cost.view(steps, -1).flip(0).cumsum(0).flip(0)
         batch.lay("advantage", gain - run.mean_over_others(gain, group))
         for nodes in run.deal(self.passes * -(-steps * run.replay.samples // self.nodes), self.nodes, last=steps - 1):
-            run.update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes)
+            run.update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes, chain.calls)
 
     def loss(self, chain: Chain, policy: Mean, nodes: Nodes) -> Tensor:
         """(n,), N times each transition's loss: the mean over nodes estimates the sum over steps."""
@@ -102,6 +102,11 @@ class Chain:
         self.problem, self.solver, self.times = problem, solver, times
         self.plan: list[Any] = solver.plan(problem, times)
         self.steps = stack_steps(self.plan, times.device)
+
+    @property
+    def calls(self) -> int:
+        """Of the policy, for the law of a step."""
+        return 2 if self.solver.multistep else 1
 
     def lay_before(self, batch: Batch) -> None:
         """Beside the nodes, what was at the one before."""

@@ -50,7 +50,8 @@ class InverseRL(Around):
         batch = run.replay.batches[-1]
         ends = run.nodes(batch, range(batch.steps, batch.steps + 1))
         for i in range(self.updates):
-            run.update("reward", partial(self.loss, run, i), ends, run.settings.samples)
+            run.update("reward", partial(self.loss, run, i), ends, run.settings.samples, calls=0)
+        run.counts["reward_calls"] += self.updates * 2 * run.settings.samples  # of samples and of data
         batch.trajectory = run.rewarded(batch.trajectory)
         self.algorithm.learn(run)
 

@@ -52,8 +52,8 @@ class _ByValues(Algorithm):
         chain.lay_before(batch)
         self.lay(run, chain, batch)
         for nodes in run.deal(self.updates, self.nodes, last=batch.steps - 1):
-            run.update("policy", lambda n: self.loss(run, chain, n), nodes, self.nodes)
-            run.counts["network_calls"] += self.nodes * self.more_calls
+            calls = chain.calls + self.more_calls
+            run.update("policy", lambda n: self.loss(run, chain, n), nodes, self.nodes, calls)
 
     def lay(self, run: Run, chain: Chain, batch: Batch) -> None:
         """What `gain` needs beside the left nodes."""
