@@ -476,10 +476,28 @@ class Run:
         t = batch_time(path.t[-1], path.x.dtype, batch.samples)
         return torch.cat([path.a, self._evaluate(self.policy, path.ids, t, path.x[-1])[None]])
 
+    def lay_old_actions(self, size: int) -> None:
+        """a_old beside the newest batch once more, as an update of `size` nodes evaluates the policy. In float32 that
+        is what it did in the rollout; below, kernels of another shape round differently, which over all dimensions is a
+        likelihood ratio far from 1, and a KL. If a kernel's numbers for a node depend on its shape alone, ratio and KL
+        before the first update are exactly 1 and 0."""
+        if self.precision == "no":
+            return
+        batch, actions = self.replay.batches[-1], []
+        for part, counted in self.parts(self.nodes(Batch(batch.trajectory), range(batch.steps + 1)), size):
+            with self.accelerator.autocast():
+                actions.append(self.policy(part.t, part.x, part.cond)[:counted].detach())
+        self.counts["network_calls"] += self.settings.samples * (batch.steps + 1)
+        batch.lay("a_old", torch.cat(actions).to(part.x).unflatten(0, (batch.steps + 1, batch.samples)))
+
     def nodes(self, batch: Batch, k: range) -> Nodes:
         """All of a batch's nodes k, node by node."""
         index = torch.tensor(list(k)).repeat_interleave(batch.samples)
-        return self._ready(batch.gather(index, torch.arange(batch.samples).repeat(len(k))))
+        return self.gather(batch, index, torch.arange(batch.samples).repeat(len(k)))
+
+    def gather(self, batch: Batch, k: Tensor, b: Tensor) -> Nodes:
+        """The nodes k of a batch's trajectories b, (n,) each."""
+        return self._ready(batch.gather(k, b))
 
     def deal(
         self, updates: int, size: int, *, last: int | None = None, label: Label | None = None, calls: int = 1
@@ -566,17 +584,27 @@ class Run:
         """The mean of loss over `size` nodes of all processes, (); its gradient is left in the model's parameters."""
         learner.optimizer.zero_grad()
         total = torch.zeros((), device=self.accelerator.device)
-        for i in range(0, len(nodes), self.settings.micro_batch):
-            part = nodes.part(slice(i, i + self.settings.micro_batch))
+        for part, counted in self.parts(nodes, size):
             with self.accelerator.autocast():
                 losses = loss(part)
             if losses.shape != part.t.shape:
                 raise ValueError(f"loss must return one number a node, shape {tuple(part.t.shape)}, got {losses.shape}")
-            share = losses.sum() / size
+            share = losses[:counted].sum() / size
             self.accelerator.backward(share)
             total += share.detach()
         self._add_up(learner.trained)
         return self.accelerator.reduce(total)
+
+    def parts(self, nodes: Nodes, size: int) -> Iterator[tuple[Nodes, int]]:
+        """The nodes as an update of `size` takes them, at most `micro_batch` at a time, and how many of them count.
+        Below float32, where kernels of another shape round differently, all parts have one length: the last is
+        filled up."""
+        length, even = self.settings.micro_batch, self.precision != "no"
+        if even:
+            length = min(length, -(-size // self.replay.world))
+        for i in range(0, len(nodes), length):
+            part = nodes.part(slice(i, i + length))
+            yield (part.filled(length) if even else part), len(part)
 
     def _add_up(self, parameters: Sequence[Tensor]) -> None:
         """Gradients summed over processes. Where there is none it is zero, on any number of processes."""

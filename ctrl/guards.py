@@ -22,46 +22,46 @@ from ctrl.rollout import NotFinite
 if TYPE_CHECKING:
     from ctrl.fit import Loss, Run
 
-FEW = 1
-"""Paths an epoch on which a policy is compared: a few would be some per cent of a small epoch."""
 UNIT = {"no": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-9}
 """Rounding of one number, by accelerate's name of the precision; tf32 is what CUDA's convolutions take for float32."""
 
 
 def same_policy(run: Run, batch: Batch) -> None:
     """Raise unless the policy, called as an update calls it, does what it did in the rollout: else likelihood ratios
-    and on-policy gradients are those of another policy. Both are compared along FEW of the paths:
+    and on-policy gradients are those of another policy. Both are compared at each time step, for samples of a chunk of
+    the rollout, the whole chunk at a time, so that kernels see the shapes they saw then, and no activations are kept:
 
         E of the integral of ½ g² |a - a_rollout|² dt = E of the integral of ½ |d eps|² d lambda,
 
-    at eta = 1 their path KL, in nats; without noise, in units of the price of actions. Dropout, statistics of a batch,
-    a condition that changes from call to call, or an adapter that is on in one of them alone, show up here.
+    at eta = 1 their path KL, in nats; without noise, in units of the price of actions. Dropout, statistics of a batch
+    (a call has nodes of all times), a condition that changes from call to call, or an adapter that is on in one of them
+    alone, show up here.
     """
     path = batch.trajectory
     if path.a is None or isinstance(run.algorithm.behaviour(run.policy), GaussianPolicy):
         return
-    few = batch.take(torch.arange(min(batch.samples, FEW)))
-    nodes = run.nodes(few, range(batch.steps))
-    apart = _apart(run, nodes, torch.cat([*few.trajectory.a])).view(batch.steps, few.samples)  # type: ignore[misc]
-    mean, worst = float(apart.sum() / few.samples), int(apart.argmax())
-    precision = run.accelerator.mixed_precision
-    tf32 = precision == "no" and run.accelerator.device.type == "cuda" and torch.backends.cudnn.allow_tf32
-    allowed = run.settings.mismatch + rounding(run.problem, "tf32" if tf32 else precision)
-    if run.any(not mean <= allowed):
+    chunk = min(batch.samples, run.settings.batch)
+    place = torch.arange(-(-batch.steps // chunk) * chunk)
+    k, b = place % batch.steps, place % chunk
+    nodes = run.gather(batch, k, b)
+    apart = _apart(run, nodes, path.a[k.to(path.x.device), b.to(path.x.device)], chunk)
+    apart = apart / k.bincount()[k].to(apart)  # of the nodes at a time step, the mean
+    total, worst = float(apart.sum()), int(apart.argmax())
+    allowed = run.settings.mismatch + rounding(run.problem, run.precision)
+    if run.any(not total <= allowed):
         raise ValueError(
-            f"the policy that is trained is not the one that acted: {mean:.3g} nats apart on a path, where "
+            f"the policy that is trained is not the one that acted: {total:.3g} nats apart on a path, where "
             f"{allowed:.3g} are allowed (settings.mismatch), most at t = {float(nodes.t[worst]):.4g} of sample id "
             f"{int(nodes.ids[worst])}. Look for dropout, batch statistics, conditions or adapters that change"
         )
 
 
-def _apart(run: Run, nodes: Nodes, acted: Tensor) -> Tensor:
+def _apart(run: Run, nodes: Nodes, acted: Tensor, size: int) -> Tensor:
     """Each node's share of its path's KL between the actions of the rollout and those of an update, (n,)."""
-    size = run.settings.micro_batch
     parts = []
     for i in range(0, len(nodes), size):
         n = nodes.part(slice(i, i + size))
-        with run.accelerator.autocast():
+        with run.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(_forget, _forget):
             a = run.policy(n.t, n.x, n.cond)
         miss = a.detach().to(acted) - acted[i : i + size]
         if run.problem.noiseless:
@@ -72,14 +72,20 @@ def _apart(run: Run, nodes: Nodes, acted: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _forget(_: Tensor) -> Tensor:
+    """In place of what autograd would keep."""
+    return torch.empty(0)
+
+
 def rounding(problem: Problem, precision: str) -> float:
-    """What the same network in chunks of another size may differ by, in nats: eight roundings in each of the D numbers
-    of eps, ½ D (8u)² (lambda(T) - lambda(0))."""
+    """What the same network in a kernel of another shape may differ by, in nats: eight roundings in each of the D
+    numbers of an evaluation, ½ D (8u)² (lambda(T) - lambda(0)) if the score is one, times `error_gain`."""
     if not isinstance(problem, ScoreAsAction):
         return 0.0
     ends = torch.tensor([problem.s_min, problem.s_max], dtype=torch.float64)
     span = float(-problem.noising.log_snr(ends).diff())
-    return 0.5 * math.prod(problem.shape) * (8 * UNIT.get(precision, UNIT["bf16"])) ** 2 * span
+    one = 0.5 * math.prod(problem.shape) * (8 * UNIT.get(precision, UNIT["bf16"])) ** 2 * span
+    return problem.error_gain * one
 
 
 def culprit(run: Run, name: str, loss: Loss, nodes: Nodes) -> NotFinite:

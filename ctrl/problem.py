@@ -156,6 +156,8 @@ class ScoreAsAction(Problem):
         eta: how much noise the reverse process takes.
         s_min, s_max: where the problem is cut; lambda is finite in between.
         gamma, discount: as in `Problem`.
+        error_gain: variance of a rounding error of the score over that of one network evaluation: the sum of squares
+            of the weights with which evaluations are mixed into the score.
     """
 
     noising: Noising
@@ -169,6 +171,7 @@ class ScoreAsAction(Problem):
     s_max: float = 1.0
     gamma: float = 0.0
     discount: float = 0.0
+    error_gain: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.s_min < self.s_max <= self.noising.s_max:
@@ -178,7 +181,7 @@ class ScoreAsAction(Problem):
             )
         if float(self.noising.g2(torch.tensor(self.s_min, dtype=torch.float64))) <= 0:
             raise ValueError(f"s_min = {self.s_min}: g² vanishes there, and with it noise and control; take s_min > 0")
-        for name, least in (("beta", 0.0), ("eta", 0.0), ("gamma", 0.0), ("discount", 0.0)):
+        for name, least in (("beta", 0.0), ("eta", 0.0), ("gamma", 0.0), ("discount", 0.0), ("error_gain", 0.0)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name} must be >= {least}, got {getattr(self, name)}")
 

@@ -55,9 +55,15 @@ class Nodes:
         fields = {name: f(v) for name, v in self.fields.items()}
         return Nodes(f(self.t), f(self.x), f(self.w), f(self.k), f(self.ids), None, fields)
 
-    def part(self, piece: slice) -> Nodes:
+    def part(self, piece: slice | Tensor) -> Nodes:
         """Some of the nodes."""
         return replace(self.each(lambda v: v[piece]), cond=None if self.cond is None else self.cond[piece])
+
+    def filled(self, n: int) -> Nodes:
+        """The nodes, and the last of them again until there are n."""
+        if len(self) >= n:
+            return self
+        return self.part(torch.arange(n, device=self.t.device).clamp(max=len(self) - 1))
 
 
 @dataclass

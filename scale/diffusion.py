@@ -181,6 +181,11 @@ class Score(nn.Module):
         return copy.deepcopy(self).requires_grad_(False)
 
     @property
+    def error_gain(self) -> float:
+        """w² + (1 - w)²: out = w out(prompt) + (1 - w) out(empty), whose rounding errors are independent."""
+        return self.guidance**2 + (1 - self.guidance) ** 2
+
+    @property
     def s_min(self) -> float:
         """1/K."""
         return 1 / len(self.noising.betas)
@@ -270,6 +275,7 @@ def problem(reference: Score, reward: Reward, *, beta: float, eta: float = 1.0, 
     return kind(
         noising=reference.noising, reference=reference, reward=reward, initial=IsotropicNormal(shape), shape=shape,
         beta=beta, eta=eta, gamma=gamma, s_min=reference.s_min, s_max=reference.noising.s_max,
+        error_gain=reference.error_gain,
     )  # fmt: skip
 
 

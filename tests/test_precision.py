@@ -3,20 +3,27 @@
 import copy
 import dataclasses
 import math
+from functools import partial
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from accelerate import Accelerator
 from test_fit import Once, fresh_engine, models, squares, train  # noqa: F401
-from torch import nn
+from torch import Tensor, nn
 
-from ctrl import Estimate, NetworkCritic, Noise, path_kl
-from ctrl.algorithms import ActorCritic, Algorithm, PPOClip, PPOPenalty
+from ctrl import Estimate, Multistep2, NetworkCritic, Noise, guards, path_kl
+from ctrl.algorithms import DDPO, ActorCritic, Algorithm, PPOClip, PPOPenalty
 from ctrl.fit import Run, Settings
 from ctrl.precision import FEW, few_of, full, precision_of
+from ctrl.regularize import actions_kl
 from ctrl.replay import Replay
 from ctrl.rollout import NotFinite
+from scale import models as models_of_scale
+from scale.diffusion import Decoded, Prompts, Score
+from scale.diffusion import problem as scale_problem
+from scale.settings import ASSETS
 from toy import catalogue
 from toy.networks import Perceptron, Value
 
@@ -151,7 +158,8 @@ def test_any_number_of_processes_measures_along_the_same_paths(world):
         run = Run(given["problem"], given["built"][0], Still(), None, None, settings, engine("bf16"))
         run.replay = Replay(24, rank, world)
         metrics = run.step_epoch()
-        return metrics["kl"], metrics["network_calls"]
+        acting = 2 * settings.steps * len(range(rank, 24, world))  # Heun's, of this process alone
+        return metrics["kl"], metrics["network_calls"] - acting
 
     (kl, calls), shares = share(0, 1), [share(rank, world) for rank in range(world)]
     assert sum(part for part, _ in shares) == pytest.approx(kl, rel=0.02)  # states are those of a bf16 policy
@@ -186,3 +194,81 @@ def test_full_precision_has_neither_autocast_nor_tf32_and_leaves_both_as_they_we
         assert precision_of(on_cuda) == "tf32" and precision_of(engine("bf16")) == "bf16"
     finally:
         matmul.allow_tf32, cudnn.allow_tf32 = before
+
+
+# the same policy in rollouts and in updates
+
+
+def in_two_parts(layer, x):
+    """A linear map or a convolution whose input channels are summed in two parts, cut where the number of rows says: a
+    kernel that depends on the shape of what it is given, as those of a GPU do, and rounds accordingly."""
+    conv = isinstance(layer, nn.Conv2d)
+    weight, channels = layer.weight, layer.weight.shape[1]
+    cut = max(1, channels // (1 + len(x)))
+    parts = ((slice(cut), None), (slice(cut, None), layer.bias))
+    if conv:
+        given = {"stride": layer.stride, "padding": layer.padding}
+        return sum(nn.functional.conv2d(x[:, c], weight[:, c], bias, **given) for c, bias in parts)
+    return sum(nn.functional.linear(x[..., c], weight[:, c], bias) for c, bias in parts)
+
+
+def embedded(**settings):
+    """A run of `Watched` in bf16 on the embedded model, with guidance 5 and such kernels. The chunks of a rollout are
+    twice as long as an update's."""
+    pipeline = models_of_scale.load(str(ASSETS / "tiny-sd"))
+    policy = Score.of(pipeline, 5.0)
+    task = scale_problem(policy.frozen(), Decoded(pipeline.vae, brightness), beta=0.1)
+    for layer in policy.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            layer.forward = partial(in_two_parts, layer)
+    prompts = Prompts.encode(pipeline, ["a red circle", "a blue square"])
+    given = {"samples": 4, "steps": 2, "batch": 4, "micro_batch": 2, "solver": Multistep2(), "progress": False}
+    return Run(task, policy, Watched(nodes=3), None, prompts, Settings(**given | settings), engine("bf16"))
+
+
+def brightness(images, prompts, metadata):
+    return images.mean((1, 2, 3))
+
+
+class Watched(DDPO):
+    """DDPO, and the log-ratios of each of its parts."""
+
+    seen: ClassVar[list[Tensor]] = []
+
+    def loss(self, chain, policy, nodes):
+        law = chain.law(nodes, policy(nodes.t, nodes.x, nodes.cond), chain.act_before(policy, nodes))
+        old = chain.law(nodes, nodes["a_old"], nodes["a_old_before"])
+        self.seen.append((law.log_prob(nodes["x_next"]) - old.log_prob(nodes["x_next"])).detach())
+        return super().loss(chain, policy, nodes)
+
+
+class FirstUpdateError(Exception):
+    """Ends a run at its first update, before the step."""
+
+
+def test_a_policy_is_compared_in_the_shapes_of_its_rollout_and_rounding_is_allowed_for_with_guidance(monkeypatch):
+    """In the same shapes it is the same to the last bit; in those of an update, rounding is more nats than without
+    guidance could be, and less than are allowed."""
+    run = embedded(mismatch=0.0)
+    batch = run.collect()
+    update = run.at_nodes(run.policy, batch, size=2)[:-1]
+    apart = actions_kl(run.problem, batch.trajectory, *(torch.cat([a, a[-1:]]) for a in (update, batch.trajectory.a)))
+    allowed = guards.rounding(run.problem, "bf16")
+    assert run.problem.error_gain == 5**2 + 4**2
+    assert allowed / run.problem.error_gain < float(apart.mean()) < allowed
+    monkeypatch.setattr(guards, "rounding", lambda problem, precision: 0.0)
+    guards.same_policy(run, batch)
+
+
+def test_ratios_are_one_before_the_first_update(monkeypatch):
+    """Of all three nodes of a hand, in parts of two."""
+
+    def stop(*parameters):
+        raise FirstUpdateError
+
+    monkeypatch.setattr(Run, "_add_up", stop)
+    monkeypatch.setattr(Watched, "seen", [])
+    with pytest.raises(FirstUpdateError):
+        embedded(mismatch=math.inf).step_epoch()
+    assert [len(part) for part in Watched.seen] == [2, 2]
+    assert not torch.cat(Watched.seen).any()

@@ -418,7 +418,7 @@ UPDATES = {
 
 def gradients(folder, **changes):
     """Of an update's loss in the trained weights, and of the reference's sum in x; adapters are not zero."""
-    s = short(model="embedded", run=folder, samples=2, steps=2, solver="ddim", critic="structured", **changes)
+    s = short("embedded", folder, samples=2, steps=2, solver="ddim", critic="structured", **changes)
     task = sd15.assemble(s, None, Accelerator())
     for name, p in task.policy.named_parameters():
         if "lora_B" in name:

@@ -54,6 +54,7 @@ class DDPO(Algorithm):
         if (group := self.group or samples) < 2 or samples % group:
             raise ValueError(f"group must be at least 2 and divide the {samples} samples of an epoch, got {group}")
         run.lay_actions()
+        run.lay_old_actions(self.nodes)
         (batch,) = run.replay.batches
         path, steps = batch.trajectory, batch.steps
         chain = Chain(run.problem, gaussian(run.settings.solver, "DDPO"), path.t)

@@ -64,6 +64,7 @@ class PPO(Algorithm, ABC):
 
     def learn(self, run: Run) -> None:
         self.evaluation.learn(run)
+        run.lay_old_actions(self.nodes)
 
         def label(n: Nodes) -> dict[str, Tensor]:
             return {"grad_v": run.critic.grad(n.t, n.x, n.cond)}
