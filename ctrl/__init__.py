@@ -11,7 +11,7 @@ gradient   policy gradients from trajectories             evaluation  targets fo
 fit        the training loop                              algorithms  one short file each
 replay     what learners see of trajectories              checkpoint  how a run goes on
 bridge     to torchsde and back                           estimate  standard errors, z-scores, orders
-lock       one run at a time in a folder
+lock       one run at a time in a folder                  forward   the likelihood ratio of an end, eta = 1
 """
 
 from ctrl import grids

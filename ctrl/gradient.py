@@ -13,6 +13,7 @@ sample's estimate of grad J, and estimators differ in p, or in the whole directi
     p at left nodes (N, B, *D)          td_slope                L'^-1 xi (dV - (c + rho V) dt) / sqrt(d clock)
                                         likelihood_ratio_slope  L'^-1 xi (return - baseline) / sqrt(d clock)
     a direction at left nodes           q_direction             Sigma^-1 (a - s) q(t, x, a), exploring
+                                        bridge_direction        g² (G - b) grad_x log p(x_T | x), eta = 1
     no direction: the objective itself  pathwise                differentiate the whole rollout
                                         chain_surrogate         a discrete chain's own likelihood ratio
 
@@ -33,6 +34,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ctrl.forward import bridge_score
 from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
 from ctrl.grids import node_weights
 from ctrl.linop import Scalar, broadcast, dot, same_shape
@@ -129,6 +131,23 @@ def likelihood_ratio_slope(
     if b.shape not in {(), gain.shape[:1], gain.shape}:
         raise ValueError(f"baseline must have shape (), {tuple(gain.shape[:1])} or {tuple(gain.shape)}, got {b.shape}")
     return _score_of_noise(problem, trajectory, gain - (b[:, None] if b.ndim == 1 else b))
+
+
+@torch.no_grad()
+def bridge_direction(problem: ScoreAsAction, trajectory: Trajectory, policy: Mean, gain: Tensor) -> Tensor:
+    """g² gain_k w_k, (N, B, *D) at left nodes, w = grad_x log p(x_T | x_k) of a policy that is the score of its own law
+    (`ctrl.forward`). gain: (N, B), G_k less a baseline, G_k = r - beta log dP_a/dP_ref [t_k, T].
+
+    R (a - a_ref) is part of it already: the mean is B' grad V - R (a - a_ref), zero at the optimum, and there G_k is
+    V*(t_k, x_k) on every path, so that with V* for the baseline it vanishes, to half an order of the step.
+    """
+    same_shape(gain=gain, left_nodes=trajectory.x[:-1].flatten(2)[..., 0])
+    times, end = _times(trajectory), trajectory.x[-1]
+    rows = []
+    for t, x, g in zip(times, trajectory.x[:-1], gain, strict=False):
+        w = bridge_score(problem, t, x, end) - policy(t, x, trajectory.cond)
+        rows.append(broadcast(problem.rate(t) * g, w) * w)
+    return torch.stack(rows)
 
 
 def pathwise(problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor
 _WORD = (1 << 64) - 1
 _GOLDEN, _MIX1, _MIX2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
-INITIAL, PATH, ACTION, GRID = range(4)
-"""First words of an address: the initial state, the driving noise, exploration (by step: actions have no path), and
-what an epoch draws for all samples at once."""
+INITIAL, PATH, ACTION, GRID, FORWARD = range(5)
+"""First words of an address: the initial state, the driving noise, exploration (by step: actions have no path), what an
+epoch draws for all samples at once, and the noise of ends that are noised anew."""
 _AT_ONCE = 1 << 16
 """Numbers of the driving noise: small steps are drawn together, up to this many."""
 
