@@ -280,11 +280,13 @@ CHANGES = {
     "batch": 3, "channels_last": True, "checkpoint_every": 2, "gradient_checkpointing": True,
     "keep_checkpoints": 1, "log_with": "none", "max_hours": 9.0, "max_kl": 1e9, "micro_batch": 3,
     "min_diversity": 0.0, "mismatch": torch.inf, "offload_reference": True, "other_reward": "jpeg-incompressibility",
+    "eval": False,
     "patience": 1, "pictures_every": 1, "reward_python": sys.executable, "reward_retries": 1, "reward_timeout": 60.0,
     "stop_on_collapse": True,
 }  # fmt: skip
 """What the free settings of a run are changed to; log_with wandb is not tried, which needs an account."""
 UNTRIED = {
+    "quick": "a trial has a folder of its own",
     "compile": "on a CPU the compilation of two UNets did not end within 20 minutes",
     "dry_run": "nothing is trained", "out": "every case resumes in another folder", "overwrite": "resume excludes it",
     "resume": "every case sets it",
