@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import sys
 from collections.abc import Callable
@@ -12,8 +13,8 @@ import torch
 
 def mebibytes(work: Callable[[], object], before: float | None = None) -> float | None:
     """Beyond what was `held` before it began, or at another time; None where it cannot be known."""
-    gc.collect()
-    before = held() if before is None else before
+    now = held()
+    before = now if before is None else before
     known = _begin_anew()
     work()
     if before is None or not known:
@@ -35,9 +36,19 @@ def _begin_anew() -> bool:
 
 def held() -> float | None:
     """Now: on the accelerator if there is one, else in this process; None where it cannot be known."""
+    gc.collect()
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated() / 2**20
+    _give_back_free_memory()
     return _status("VmRSS") if sys.platform.startswith("linux") else None
+
+
+def _give_back_free_memory() -> None:
+    """The allocator keeps what was freed, resident: what is taken from there would not be seen to grow."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim is not None:
+            trim(0)
 
 
 def _status(name: str) -> float:

@@ -179,8 +179,12 @@ def test_the_most_that_is_held_is_seen_though_it_is_let_go():
     def work(n) -> None:
         torch.ones(n * 2**18, dtype=torch.float32)  # MiB
 
+    freed = [torch.ones(2**14) for _ in range(2000)]  # 125 MiB that the allocator keeps below the last of them
+    pinned = freed.pop()
+    del freed
     least, small, large = mebibytes(lambda: work(1)), mebibytes(lambda: work(64)), mebibytes(lambda: work(256))
     assert 192 - 4 <= large - small <= 192 + 4 and small - least >= 63 - 4  # 4: the interpreter's own
+    assert pinned[0] == 1
 
 
 # ------------------------------------------------------------------------------------------ panels
