@@ -166,12 +166,13 @@ def run(job: Job, store: Path) -> None:
 def sampled(task: Task, s: Settings, n: int) -> Tensor:
     """Pictures by the sampler that is trained, the jitter of its steps as well; each has its own noise, which was not
     trained on, and 64 share their steps."""
+    device = task.pipeline.unet.device
     return torch.cat([
         pictures_of(None, rollout(
             task.problem, task.policy, task.fit.times(task.problem, Noise(SEED, k)), Noise(SEED), ids,
             solver=task.fit.solver,
         ).x[-1])
-        for k, ids in enumerate(torch.arange(n).split(s.batch))
+        for k, ids in enumerate(torch.arange(n, device=device).split(s.batch))
     ])  # fmt: skip
 
 

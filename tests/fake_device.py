@@ -14,6 +14,7 @@ To register a device is for the whole process, so tests on it run in one of thei
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -277,13 +278,13 @@ def register() -> list[Any]:
 
 _REGISTERED = register()
 DEVICE = torch.device(NAME, 0)
+PartialState.default_device = DEVICE  # for fixtures of a module too
+os.environ.pop("ACCELERATE_USE_CPU", None)
 
 
 @pytest.fixture(autouse=True)
-def _accelerate_takes_it(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _accelerate_takes_it() -> Iterator[None]:
     """As it takes CUDA where there is some."""
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setattr(PartialState, "default_device", DEVICE)
     AcceleratorState._reset_state(reset_partial_state=True)
     with torch.autograd.set_multithreading_enabled(False):  # the stack shows who went backward
         yield

@@ -354,7 +354,7 @@ def first_weights(model, tmp_path, **changes):
     torch.seed()
     task = sd15.assemble(short(model, tmp_path, **changes), None, Accelerator())
     parameters = [p for m in (task.policy, task.critic) for p in m.parameters() if p.requires_grad]
-    return torch.cat([p.detach().flatten() for p in parameters])
+    return torch.cat([p.detach().cpu().flatten() for p in parameters])
 
 
 @pytest.mark.parametrize("changes", [{"lora": 2}, {"lora": 2, "critic": "structured", "reward": "following"}], ids=str)
@@ -428,7 +428,8 @@ def gradients(folder, **changes):
     settings = dataclasses.replace(task.fit, epochs=1, out=None, progress=False)
     fit(task.problem, task.policy, task.algorithm, critic=task.critic, conditions=task.conditions, settings=settings)
     found = [p.grad for p in task.policy.parameters() if p.requires_grad]
-    t, x, cond = torch.tensor([0.3, 0.7]), torch.randn(2, 4, 8, 8).requires_grad_(), task.conditions(torch.arange(2))
+    t, x, ids = (v.to(found[0].device) for v in (torch.tensor([0.3, 0.7]), torch.randn(2, 4, 8, 8), torch.arange(2)))
+    x, cond = x.requires_grad_(), task.conditions(ids)
     return found, *torch.autograd.grad(task.problem.reference(t, x, cond).sum(), x)
 
 
