@@ -87,6 +87,7 @@ _LIMITS = {
     **dict.fromkeys(("lr", "critic_lr", "reward_lr"), ">= 0"),
     **dict.fromkeys(("max_grad_norm", "max_hours"), "in (0, inf]"),
     "mismatch": "in [0, inf]", "jitter": "in [0, 0.5)", "ema": "in [0, 1)", "seed": ">= 0",
+    "warmup": ">= 0",
 }  # fmt: skip
 
 
@@ -106,6 +107,7 @@ class Settings:
         reward_lr: that of a reward which is learned (`ctrl.algorithms.InverseRL`).
         optimizer: optimizer(parameters, lr=) -> torch.optim.Optimizer.
         schedule: the factor on the learning rates as a function of the fraction of the run that is done.
+        warmup: epochs before the learning rates have their full size; Adam's first steps have, whatever the gradient.
         max_grad_norm: gradients longer than this are shortened to it.
         ema: decay per optimiser step of the averaged policy; 0 keeps none.
         batch: trajectories simulated at a time, and nodes evaluated at a time, on a process.
@@ -133,6 +135,7 @@ class Settings:
     reward_lr: float = 1e-3
     optimizer: Callable[..., torch.optim.Optimizer] = adam
     schedule: Callable[[float], float] = linear_decay
+    warmup: int = 0
     max_grad_norm: float = 1.0
     ema: float = 0.0
     batch: int = 4096
@@ -295,7 +298,7 @@ class Run:
     def step_epoch(self) -> dict[str, Any]:
         """Collect, learn, and say how it went. If nothing could be collected, nothing is learned."""
         began, settings = time.perf_counter(), self.settings
-        factor = settings.schedule(self.epoch / settings.epochs)
+        factor = settings.schedule(self.epoch / settings.epochs) * min((self.epoch + 1) / (settings.warmup + 1), 1)
         for learner in self.learners.values():
             for group in learner.optimizer.param_groups:
                 group["lr"] = learner.lr * factor

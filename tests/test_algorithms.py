@@ -32,6 +32,7 @@ from ctrl.algorithms import (
     ActorCritic,
     AdjointMatching,
     Algorithm,
+    ForwardMatching,
     GaussianNetwork,
     InverseRL,
     KLBudget,
@@ -123,13 +124,17 @@ def remembered(coefficient: Coefficient) -> Coefficient:
 
 @cache
 def case(name: str) -> Case:
-    """ "PROBLEM", off its optimum; "PROBLEM at its reference"; "PROBLEM at its optimum"."""
+    """ "PROBLEM", off its optimum; "PROBLEM at its reference"; "PROBLEM at its optimum"; "PROBLEM half tilted", at the
+    optimum for twice beta, which is the score of its own law too."""
     entry = catalogue.get(name.partition(" ")[0])
     problem, lq = entry.problem, entry.exact.exact if name.startswith("lq") else entry.exact.lq
     if name.startswith("lq"):
         problem, lq = (dataclasses.replace(p, discount=0.4) for p in (problem, lq))
     if "exploring" in name:
         problem, lq = (dataclasses.replace(p, gamma=0.5) for p in (problem, lq))
+    if "half" in name:
+        half = catalogue.varied(entry.name, beta=2 * problem.beta).exact.lq.optimal_policy()
+        return Case(problem, lq, half, half)
     if "optimum" in name:
         return Case(problem, lq, lq.optimal_policy(), lq.optimal_policy())
     at_rest = Case(problem, lq, lq.reference, problem.reference)
@@ -234,6 +239,26 @@ def test_the_lean_adjoint_is_a_gradient_at_the_reference_and_vanishes_at_the_opt
     assert far(at_rest, torch.zeros(2)) < 1
     assert float(at_rest.stderr.max()) < 0.02 * float(exact.abs().max())
     assert far(LEAN.estimate(elsewhere), elsewhere.grad_J(False)) > 1  # there it is no gradient of J
+
+
+FORWARD = Still(lambda b, n: ForwardMatching(1, b * n, 1, hold=0.0, critic_updates=0), 1, 20, 768)
+
+
+@pytest.mark.parametrize("where", ["at its reference", "half tilted"])
+def test_forward_matching_is_the_policy_gradient_of_a_score_of_its_own_law(where):
+    here = case(f"gaussian-1d {where}")
+    found, exact = FORWARD.estimate(here), here.grad_J(False)
+    assert far(found, exact) < 1
+    assert far(found, torch.zeros_like(exact)) > 1
+
+
+def test_forward_matching_stands_still_at_the_optimum_unless_it_is_anchored():
+    optimum = case("gaussian-1d at its optimum")
+    assert far(FORWARD.estimate(optimum), torch.zeros(2)) < 1
+    anchored = Still(
+        lambda b, n: ForwardMatching(1, b * n, 1, target="anchored", hold=0.0, critic_updates=0), 1, 20, 2304
+    )
+    assert far(anchored.estimate(optimum), torch.zeros(2)) > 1
 
 
 def test_residuals_vanish_at_the_optimum():

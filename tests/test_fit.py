@@ -25,6 +25,7 @@ from ctrl.algorithms import (
     ActorCritic,
     AdjointMatching,
     Algorithm,
+    ForwardMatching,
     GaussianNetwork,
     NextValue,
     PathConsistency,
@@ -125,6 +126,18 @@ def same_history(a, b):
         assert list(x.values()) == pytest.approx(list(y.values()), rel=1e-9, abs=1e-11)
 
 
+def test_learning_rates_rise_to_their_full_size():
+    seen = []
+
+    def watch(run, metrics):
+        seen.append({name: learner.optimizer.param_groups[0]["lr"] for name, learner in run.learners.items()})
+
+    train(epochs=5, warmup=3, lr=0.4, critic_lr=0.8, schedule=lambda p: 1 - p / 2, callbacks=[watch])
+    expected = [0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7, 0.6]
+    assert [s["policy"] for s in seen] == pytest.approx([0.4 * v for v in expected])
+    assert [s["critic"] for s in seen] == pytest.approx([0.8 * v for v in expected])
+
+
 # processes
 
 CASES = {
@@ -133,6 +146,10 @@ CASES = {
     "ddpo, 23 samples": {"algorithm": DDPO(nodes=64), "samples": 23, "solver": Multistep2()},
     "ddpo, groups of 3": {"algorithm": DDPO(nodes=64, group=3), "samples": 21, "solver": DDIM(), "epochs": 2},
     "whole trajectories": {"algorithm": PathConsistency(updates=3, paths=16, keep=2), "samples": 23, "epochs": 2},
+    "forward nodes, by condition": {
+        "name": "mixture-2d-conditional", "samples": 23, "epochs": 2,
+        "algorithm": ForwardMatching(updates=3, nodes=64, keep=2, target="anchored", critic_updates=0),
+    },
     "conditions, hands of 3 nodes": {
         "name": "mixture-2d-conditional", "algorithm": dataclasses.replace(ACTOR_CRITIC, nodes=3),
         "samples": 10, "optimizer": functools.partial(torch.optim.AdamW, weight_decay=1.0),

@@ -12,6 +12,7 @@ from ctrl.algorithms import (
     DDPO,
     ActorCritic,
     AdjointMatching,
+    ForwardMatching,
     GaussianNetwork,
     InverseRL,
     KLBudget,
@@ -51,11 +52,15 @@ CRITICS = {
     "q-learning": QLearning(critic_updates=3, q_updates=3, nodes=32),
     "TD form": TDForm(updates=2, nodes=32, evaluation=EVALUATION),
     "next value": NextValue(updates=2, nodes=32, evaluation=EVALUATION),
+    "forward matching": ForwardMatching(updates=3, nodes=32, critic_updates=3, keep=2),
     "KL budget": KLBudget(ACTOR_CRITIC, nats=0.1),
     "inverse RL": InverseRL(replace(ACTOR_CRITIC, keep=1), data, squares=0.0),
 }
 """Algorithms that learn a critic."""
-ALONE = {"ddpo": DDPO(nodes=32), "adjoint matching": AdjointMatching(updates=3, nodes=32)}
+ALONE = {
+    "ddpo": DDPO(nodes=32), "adjoint matching": AdjointMatching(updates=3, nodes=32),
+    "forward matching, anchored": ForwardMatching(updates=3, nodes=32, target="anchored", critic_updates=0),
+}  # fmt: skip
 """Algorithms without one."""
 SOLVERS = {"TD form": DDIM(), "next value": Multistep2(), "ddpo": Multistep2()}
 
@@ -120,10 +125,13 @@ def train(name: str, kind: str, discount: float, constant: float) -> Trained:
     return Trained(history, torch.cat([p.detach().flatten() for m in models for p in m.parameters()]))
 
 
-@pytest.mark.parametrize("discount", [0.0, 0.4])
+WITH = [(n, k) for n in CRITICS for k in ("network", "structured", "stand-in")] + [(n, "none") for n in ALONE]
+UNDISCOUNTED = ("forward matching", "forward matching, anchored")
+
+
 @pytest.mark.parametrize(
-    "name, kind",
-    [(n, k) for n in CRITICS for k in ("network", "structured", "stand-in")] + [(n, "none") for n in ALONE],
+    "name, kind, discount",
+    [(*case, rho) for case in WITH for rho in (0.0, 0.4) if not rho or case[0] not in UNDISCOUNTED],
 )
 def test_a_constant_in_the_reward_changes_nothing(name: str, kind: str, discount: float) -> None:
     """Whole histories and final weights."""

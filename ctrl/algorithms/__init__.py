@@ -6,6 +6,7 @@ q_learning         V and q = gamma log pi together, from sampled actions
 policy_iteration   evaluate and improve, each to its end
 path_consistency   squared residuals of whole trajectories, replayed; reward values alone
 adjoint_matching   regression on the action that is greedy for an adjoint; no critic
+forward_matching   the denoising loss on its own samples, weighted by their rewards; reward values alone
 value_forms        the TD form, and the next value of DxMI, in place of the actor-critic's gradient form
 inverse_rl         the reward is learned too, from data; around any of these
 kl_budget          beta adapted to a path KL in nats, around any of these
@@ -16,6 +17,7 @@ from ctrl.algorithms.actor_critic import ActorCritic
 from ctrl.algorithms.adjoint_matching import AdjointMatching
 from ctrl.algorithms.base import Algorithm
 from ctrl.algorithms.ddpo import DDPO
+from ctrl.algorithms.forward_matching import ForwardMatching
 from ctrl.algorithms.inverse_rl import InverseRL
 from ctrl.algorithms.kl_budget import KLBudget
 from ctrl.algorithms.path_consistency import PathConsistency
@@ -29,6 +31,7 @@ __all__ = [
     "ActorCritic",
     "AdjointMatching",
     "Algorithm",
+    "ForwardMatching",
     "GaussianNetwork",
     "InverseRL",
     "KLBudget",

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 _LIMITS = {
     **dict.fromkeys(("nodes", "keep", "updates", "passes", "paths", "rounds", "ahead"), ">= 1"),
-    **dict.fromkeys(("critic_updates", "actor_updates", "q_updates", "trace", "group", "squares"), ">= 0"),
+    **dict.fromkeys(
+        ("critic_updates", "actor_updates", "q_updates", "trace", "group", "squares", "damping", "hold"), ">= 0"
+    ),
     **dict.fromkeys(("clip", "penalty", "gain"), "> 0"), "limit": "> 1", "nats": "in (0, inf]",
 }  # fmt: skip
 

@@ -1,0 +1,185 @@
+"""Forward matching: the policy gradient from values of the reward, through the noising instead of the path
+(`ctrl.forward`), at eta = 1.
+
+Ends x_T are noised anew to x = A x_T + sqrt(S2) eps, so that one call of the reward makes many nodes, and the policy
+follows
+
+    loss = E of the integral over log-SNR of  w ½ G' |sigma (s(x | x_T) - a_theta)|²,   G' = G - baseline,
+
+the usual denoising loss on its own samples (s = grad_x log p(x | x_T), so sigma (s - a) is eps_theta - eps), times how
+much better than expected they are. Two returns:
+
+    soft      G = r - beta log dP_a/dP_ref along the whole path: exact. The gradient is that of J, and at the optimum
+              G is the same on all paths: the variance vanishes.
+    anchored  G = r, and + w beta ½ |sigma (a - a_ref)|² in the loss: what public codes have (Reinforce Adjoint
+              Matching, arXiv 2605.10759, and its relatives). It stops short of the optimum, by a few per cent of the
+              regret, for it lacks what later actions cost. It needs no noise along the path.
+
+The weight w(lambda) leaves the fixed point where it is. w = 1 is natural, a regression on eps that is uniform over
+log-SNR; with w = e^-lambda = sigma²/alpha² it is one on x0hat, w |eps_theta - eps|² = |x0hat_theta - x_T|². A reward
+that is decided early has its signal at small log-SNR; where lambda is large there is the noise of eps alone. `damping`
+is added to the w of the anchor, so that a - a_ref = w/(w + damping) grad V/beta is shrunk there.
+
+E[s - a | x] = 0 holds for a policy that is the score of its own law alone, and off it a baseline other than E[G | x]
+pushes the policy further off. So the baseline is a critic, fitted to G at earlier epochs' nodes, or else the mean of G
+over other samples, of the same condition as far as conditions are known to differ. `hold` beta is added to G', clipped
+at as much: zero in the mean where the policy is the score of its own law, and elsewhere a pull to it, with a loss that
+is bounded from below; at the optimum, where G' is zero, the clip does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ctrl.algorithms.base import Algorithm, check_noise, check_price
+from ctrl.evaluation import increments, policy_slope, targets
+from ctrl.forward import bridge_score, renoised_path
+from ctrl.linop import dot
+from ctrl.noise import Noise
+from ctrl.problem import Problem, ScoreAsAction
+from ctrl.replay import Batch, Nodes
+from ctrl.solvers import Solver
+from ctrl.value import Critic
+
+if TYPE_CHECKING:
+    from ctrl.fit import Run
+
+
+@dataclass(frozen=True)
+class ForwardMatching(Algorithm):
+    """
+    Attributes:
+        updates, nodes: optimiser steps per epoch, and how many nodes each sees, over all processes.
+        keep: epochs of ends kept; each epoch noises them all anew.
+        target: soft or anchored.
+        weight: in which prediction the regression is uniform over log-SNR, eps or x0hat.
+        damping: added to the weight of the anchor.
+        hold: pull to the score of the policy's own law, in units of beta.
+        critic_updates: of the critic, the baseline, per epoch, with as many nodes; with 0 no critic is asked, and the
+            baseline is the mean over other samples.
+    """
+
+    updates: int = 20
+    nodes: int = 1024
+    keep: int = 4
+    target: Literal["soft", "anchored"] = "soft"
+    weight: Literal["eps", "x0hat"] = "eps"
+    damping: float = 0.0
+    hold: float = 1.0
+    critic_updates: int = 20
+
+    def learn(self, run: Run) -> None:
+        run.lay_actions()
+        newest = run.replay.batches[-1]
+        newest.lay("return", self.returns(run, newest).expand(newest.steps + 1, -1))
+        assert isinstance(run.problem, ScoreAsAction)
+        for batch in run.replay.batches:
+            renoise(run.problem, batch, Noise(run.settings.seed, run.epoch))
+        critic = run.critic if self.critic_updates else None
+        if critic is None:
+            lay_gains(run)
+        last = newest.steps - 1
+
+        def label(n: Nodes) -> dict[str, Tensor]:
+            found = {"gain": n["gain"] if critic is None else n["return"] - critic.value(n.t, n.x, n.cond)}
+            return found if self.target == "soft" else {**found, "a_ref": run.problem.reference(n.t, n.x, n.cond)}
+
+        for nodes in run.deal(self.updates, self.nodes, last=last, label=label):
+            run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
+        if critic is not None:
+            for nodes in run.deal(self.critic_updates, self.nodes, last=last):
+                run.update(
+                    "critic", lambda n: (n["return"] - critic.value(n.t, n.x, n.cond)).square(), nodes, self.nodes
+                )
+
+    def returns(self, run: Run, batch: Batch) -> Tensor:
+        """G of the newest trajectories, (B,)."""
+        path, problem = batch.trajectory, run.problem
+        assert path.reward is not None
+        if self.target == "anchored":
+            return path.reward
+        a, a_ref = batch.fields["a_old"], batch.fields["a_ref"]
+        t, _, ids = path.flat()
+        p = policy_slope(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).view(path.x.shape)
+        return targets(problem, path, None, increments(problem, path, a, a_ref, a, p, run.conditions(ids)), 0)[0]
+
+    def loss(self, run: Run, n: Nodes) -> Tensor:
+        """(n,): the mean over nodes estimates the integral."""
+        problem = run.problem
+        assert isinstance(problem, ScoreAsAction)
+        a = run.policy(n.t, n.x, n.cond)
+        miss = bridge_score(problem, n.t, n.x, n["end"]) - a
+        w = (-problem.noising.log_snr(problem.s(n.t))).exp() if self.weight == "x0hat" else torch.ones_like(n.t)
+        gain = n["gain"]
+        if self.hold:
+            gain = gain.clamp(-self.hold * problem.beta, self.hold * problem.beta) + self.hold * problem.beta
+        loss = w * gain * dot(miss, miss) / 2
+        if self.target == "anchored":
+            off = a - n["a_ref"]
+            loss = loss + (w + self.damping) * problem.beta * dot(off, off) / 2
+        left = run.settings.steps / (run.settings.steps + 1)  # of the nodes, those that are dealt
+        return left * n.w * problem.rate(n.t) * loss
+
+    def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
+        if self.critic_updates and critic is None:
+            raise ValueError("critic must be given to ForwardMatching unless critic_updates = 0")
+        check_price(problem)
+        check_noise(problem)
+        if not isinstance(problem, ScoreAsAction) or problem.eta != 1 or problem.discount:
+            raise ValueError(
+                "problem must be ScoreAsAction with eta = 1 and discount = 0 for ForwardMatching: only then is the "
+                "process the time reversal of the noising"
+            )
+
+
+def renoise(problem: ScoreAsAction, batch: Batch, noise: Noise) -> None:
+    """From here on the states of the batch are its ends, noised anew; the ends themselves lie beside them."""
+    path, end = batch.trajectory, batch.trajectory.x[-1]
+    x = renoised_path(problem, path.t, end, noise, path.ids)
+    x[-1] = end
+    batch.trajectory = replace(path, x=x, a=None, xi=None)
+    batch.fields = {"return": batch.fields["return"]}
+    batch.lay("end", end.expand_as(x))
+
+
+def lay_gains(run: Run) -> None:
+    """Beside every node: the sample's return less what others of its condition lead one to expect."""
+    batches = run.replay.batches
+    y = torch.cat([b.fields["return"][0].to(run.accelerator.device) for b in batches])
+    group = group_of(run.conditions(torch.cat([b.trajectory.ids.to(y.device) for b in batches])), len(y)).to(y.device)
+    gain = y - others_mean(y, group, run.accelerator.reduce, int(run.accelerator.gather(group.max()[None]).max()) + 1)
+    for batch, part in zip(batches, gain.split([b.samples for b in batches]), strict=True):
+        batch.lay("gain", part.expand(batch.steps + 1, -1))
+
+
+def group_of(cond: Any, n: int) -> Tensor:
+    """Which of `n` samples share a condition, (n,): by the condition if it is whole numbers or has them as `index`."""
+    index = cond if torch.is_tensor(cond) else getattr(cond, "index", None)
+    if index is None or index.is_floating_point() or index.shape != (n,):
+        return torch.zeros(n, dtype=torch.int64)
+    return index
+
+
+def others_mean(y: Tensor, group: Tensor, total: Callable[[Tensor], Tensor], groups: int) -> Tensor:
+    """The expected y of each sample, (n,), from the other ones: their mean over its group, shrunk to that over all by
+    how much groups are known to differ.
+
+    With variance `between` of the groups' means and `within` of samples about them, both by the analysis of variance,
+    the m others of a group are trusted to between m/(between m + within), as E[y | others] has it for normal y.
+    total: adds up over processes.
+    """
+    zero, one = y.new_zeros(groups), torch.ones_like(y)
+    n = total(zero.index_add(0, group, one))
+    centre = total(zero.index_add(0, group, y)).sum() / n.sum()  # or the squares of a large constant are all there is
+    y = y - centre
+    S, Q = (total(zero.index_add(0, group, v)) for v in (y, y.square()))
+    within = (Q - S.square() / n.clamp(min=1)).sum() / (n.sum() - (n > 0).sum()).clamp(min=1)
+    between = (Q.sum() / (n.sum() - 1).clamp(min=1) - within).clamp(min=0)
+    m, overall = n[group] - 1, (S.sum() - y) / (n.sum() - 1).clamp(min=1)
+    trust = between * m / (between * m + within).clamp(min=torch.finfo(y.dtype).tiny)
+    return centre + overall + trust * ((S[group] - y) / m.clamp(min=1) - overall)
