@@ -14,6 +14,7 @@ COLOURS = {
     "policy-iteration": "#661100",
     "ppo": "#56B4E9",
     "adjoint-matching": "#009E73",
+    "forward-matching": "#332288",
     "td-form": "#56B4E9",
     "next-value": "#CC79A7",
     "ddpo": "#D55E00",

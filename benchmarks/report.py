@@ -290,11 +290,34 @@ def write(name: str, options: Options, rows: Sequence[Row], began: float, device
     records = [json.dumps({name: rounded(row.get(name)) for name in names}, allow_nan=False) for row in rows]
     lines.append('  "rows": [\n    ' + ",\n    ".join(records) + "\n  ]")
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}{part and '_' + part}.json"
+    path = _file(name, options, part)
     unfinished = path.with_suffix(".json.tmp")
     unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     os.replace(unfinished, path)
     return path
+
+
+def _file(name: str, options: Options, part: str) -> Path:
+    return options.out / f"{name}{part and '_' + part}.json"
+
+
+def earlier(name: str, options: Options, part: str = "") -> list[Row]:
+    """The rows of the file that `write` is to replace, with the commit that they were made at. Rows of --quick and
+    others do not share a file."""
+    file = _file(name, options, part)
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": [], "command": ""}
+    if ("--quick" in found["command"].split()) != options.quick:
+        return []
+    was = found.get("commit") or "unknown"
+    return [row if was == COMMIT else {**row, "commit": row.get("commit") or was} for row in found["rows"]]
+
+
+def others(rows: Iterable[Row], found: Iterable[Row], by: Sequence[str]) -> list[Row]:
+    """Those of `rows` whose case, the cells `by` which one is known, was not found anew."""
+    anew = {tuple(row[name] for name in by) for row in found}
+    return [
+        {k: v for k, v in row.items() if v is not None} for row in rows if tuple(row[name] for name in by) not in anew
+    ]
 
 
 def table(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> str:

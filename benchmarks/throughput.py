@@ -17,7 +17,6 @@ race      the time to a reward, ours and TRL's; hours.
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 import time
@@ -36,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 from benchmarks.gpu import OUT_OF_MEMORY, gpu
 from benchmarks.peer import environment
 from benchmarks.race import peer, race
-from benchmarks.report import COMMIT, Options, Row, check_among, command_line, device, table, write
+from benchmarks.report import Options, Row, check_among, command_line, device, earlier, others, table, write
 from benchmarks.scaling import scaling
 from benchmarks.timing import Comparison, Passes, Profile, interleaved, patched
 from ctrl import DDIM, EulerMaruyama, NetworkCritic, Noise, ScoreAsAction, grids, rollout
@@ -320,7 +319,7 @@ def main(o: ThroughputOptions) -> None:
     began = time.perf_counter()
     torch.set_num_threads(o.threads)
     python = environment(o.peer_env) if o.peer_env else ""  # if it cannot be made, nothing is measured
-    rows = [] if o.tune else earlier(o)
+    rows = [] if o.tune else earlier(NAME, o)
     broken: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
@@ -328,29 +327,12 @@ def main(o: ThroughputOptions) -> None:
             for what, columns in TABLES.items():
                 if some := [{c: row.get(c) for c in columns} for row in found if what in row]:
                     print(table(some, columns))
-            rows = others(rows, found) + found
+            rows = others(rows, found, by=("panel",)) + found
             broken += [str(row["case"]) for row in found if row.get("failed") not in (None, OUT_OF_MEMORY)]
             written = write(NAME, o, rows, began, device(), part="tuning" if o.tune else "")
     print("->", written)
     if broken:
         raise ValueError(f"gpu: failed, for the reasons above: {'; '.join(broken)}")
-
-
-def earlier(o: ThroughputOptions) -> list[Row]:
-    """The rows of the file that is there, with the commit that they were measured at. Rows of --quick and others do not
-    share a file."""
-    file = o.out / f"{NAME}.json"
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {"rows": [], "command": ""}
-    if ("--quick" in found["command"].split()) != o.quick:
-        return []
-    was = found.get("commit") or "unknown"
-    return [row if was == COMMIT else {**row, "commit": row.get("commit") or was} for row in found["rows"]]
-
-
-def others(rows: list[Row], found: list[Row]) -> list[Row]:
-    """Those of panels that were not measured anew."""
-    anew = {row["panel"] for row in found}
-    return [{k: v for k, v in row.items() if v is not None} for row in rows if row["panel"] not in anew]
 
 
 if __name__ == "__main__":

@@ -423,7 +423,7 @@ def sample(o: Sample) -> Path:
 
 
 APART: dict[str, dict[str, Any]] = {
-    "reward": {"algorithm": "actor-critic", "critic": "network", "options": (), "other_reward": None},
+    "reward": {"algorithm": "forward-matching", "critic": "network", "options": (), "other_reward": None},
     "algorithm": {"options": ()}, "prompts": {"eval_prompts": None},
 }  # fmt: skip
 

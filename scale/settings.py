@@ -24,6 +24,7 @@ from ctrl.algorithms import (
     ActorCritic,
     AdjointMatching,
     Algorithm,
+    ForwardMatching,
     NextValue,
     PathConsistency,
     PolicyIteration,
@@ -50,6 +51,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "policy-iteration": PolicyIteration(rounds=1, critic_updates=32, actor_updates=16, nodes=128),
     "q-learning": QLearning(critic_updates=16, q_updates=8, nodes=128),
     "adjoint-matching": AdjointMatching(updates=8, nodes=128),
+    "forward-matching": ForwardMatching(
+        updates=8, nodes=128, keep=4, target="anchored", weight="x0hat", damping=3.0, hold=0.0, critic_updates=0
+    ),
     "td-form": TDForm(evaluation=_CRITIC),
     "next-value": NextValue(evaluation=_CRITIC),
 }
@@ -61,6 +65,7 @@ reference's; an epoch that is kept is asked anew for another 2,688. In passes pe
     actor-critic  23.7 (ctrl's own: 76.5)    policy-iteration  31.3 (1,043)    path-consistency  16.2 (866)
     ddpo          20.8 (54.6)                q-learning        30.2 (270)      td-form           17.7 (17.7)
     ppo           18.3 (213)                 adjoint-matching  14.1 (131)      next-value        21.8 (21.8)
+    forward-matching  13.6 (169)
 
 DDPO's clip is the standard deviation of a step's log-ratio at a path KL of ½ N clip² = 8 nats in 20 steps, the trust
 region of the actor-critic. (Public codes clip the mean over 16,384 dimensions at 1e-4, which is the sum at 1.6.)
@@ -79,7 +84,7 @@ LIMITS = {
         ("critic_width", "epochs", "samples", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
          "patience"), ">= 1",
     ),
-    **dict.fromkeys(("pretrain", "pictures_every", "reward_retries", "seed"), ">= 0"),
+    **dict.fromkeys(("pretrain", "pictures_every", "reward_retries", "seed", "warmup"), ">= 0"),
     **dict.fromkeys(("beta", "eta", "gamma", "critic_lr", "reward_lr"), ">= 0"),
     **dict.fromkeys(("lr", "kl", "max_hours", "reward_timeout", "max_kl"), "> 0"),
     **dict.fromkeys(("steps", "eval_samples", "eval_kl_samples", "eval_grid_samples"), ">= 2"),
@@ -132,9 +137,9 @@ class Tuning:
     reward_timeout: float | None = None
     """Seconds that a reward may take for a batch. Processes wait that much longer for one another than half an hour."""
 
-    algorithm: str = "actor-critic"
-    """actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form, next-value,
-    adjoint-matching (differentiable rewards), or the discrete-time ddpo."""
+    algorithm: str = "forward-matching"
+    """forward-matching; actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form,
+    next-value; adjoint-matching (differentiable rewards); or the discrete-time ddpo."""
     options: tuple[str, ...] = ()
     """The algorithm's own, over those listed under --help, by the names in ctrl/algorithms, such as
     `--options nodes=64 keep=4`; those of a part, such as `evaluation.critic_updates=8` of td-form."""
@@ -173,6 +178,8 @@ class Tuning:
     """Pictures an epoch, over all processes."""
     lr: float | None = None
     """Learning rate of the UNet, for AdamW; it falls linearly to a tenth. None is 1e-5, or 1e-4 for adapters."""
+    warmup: int = 3
+    """Epochs before the learning rates have their full size; Adam's first steps have, whatever the gradient."""
     critic_lr: float = 1e-3
     """Learning rate of the critic."""
     reward_lr: float = 1e-3

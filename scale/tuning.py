@@ -162,7 +162,7 @@ def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
         jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, reward_lr=s.reward_lr,
         optimizer=optimizer_of(s), ema=s.ema, batch=s.batch, micro_batch=s.micro_batch, seed=s.seed, out=s.out,
         checkpoint_every=s.checkpoint_every, keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
-        patience=s.patience, mismatch=s.mismatch,
+        patience=s.patience, mismatch=s.mismatch, warmup=s.warmup,
     )  # fmt: skip
 
 
@@ -206,7 +206,8 @@ def differentiable(s: Tuning, reward: Reward | None = None) -> bool:
         found = bool(getattr(reward, "differentiable", False))
     if s.algorithm == "adjoint-matching" and not found:
         raise ValueError(
-            f"reward {s.reward} has no gradient, which adjoint-matching needs: take --algorithm actor-critic --options"
+            f"reward {s.reward} has no gradient, which adjoint-matching needs: "
+            f"take --algorithm forward-matching --options"
         )
     return found
 

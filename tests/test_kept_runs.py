@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import algorithms, cifar10, critics, pictures, race, report, sd_tiny, throughput
-from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, NextValue, TDForm
+from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, NextValue, TDForm
 from scale import tuning
 from scale.settings import Settings
 
@@ -97,7 +97,7 @@ def test_panels_that_were_not_measured_anew_keep_their_commit(tmp_path, monkeypa
 
 def test_rows_of_a_file_without_a_commit_are_of_an_unknown_one(tmp_path):
     (tmp_path / "throughput.json").write_text(json.dumps({"command": "", "rows": [{"panel": "limit"}]}))
-    (row,) = throughput.earlier(throughput.ThroughputOptions(out=tmp_path))
+    (row,) = report.earlier(throughput.NAME, throughput.ThroughputOptions(out=tmp_path))
     assert row == {"panel": "limit", "commit": "unknown"}
 
 
@@ -221,6 +221,9 @@ def test_the_methods_that_are_compared_are_those_of_the_committed_results():
     assert found == {
         "actor-critic": ActorCritic(critic_updates=40, actor_updates=6, nodes=128, keep=3, trace=3.0, nats=1.0),
         "adjoint-matching": AdjointMatching(updates=6, nodes=128, lean=True),
+        "forward-matching": ForwardMatching(
+            updates=8, nodes=128, keep=4, target="anchored", weight="x0hat", damping=3.0, hold=0.0, critic_updates=0
+        ),
         "ddpo": DDPO(passes=2, nodes=64, clip=0.2, group=4),
     }
     found = {name: tuning.algorithm_of(replace(FORM, method=name).settings(Path()), True) for name in cifar10.METHODS}
