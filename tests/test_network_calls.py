@@ -52,7 +52,9 @@ CASES: dict[str, tuple[Algorithm, Solver]] = {
     "adjoint matching": (AdjointMatching(updates=3, nodes=30), Heun()),
     "adjoint matching, full": (AdjointMatching(updates=3, nodes=30, lean=False), Heun()),
     "forward matching": (ForwardMatching(updates=3, nodes=30, keep=2, critic_updates=2), Heun()),
-    "forward matching, anchored": (
+    "forward matching, mean of others": (ForwardMatching(updates=3, nodes=30, critic_updates=0), Heun()),
+    "forward matching, anchored": (ForwardMatching(updates=3, nodes=30, target="anchored", critic_updates=2), Heun()),
+    "forward matching, anchored, 2M": (
         ForwardMatching(updates=3, nodes=30, keep=2, target="anchored", critic_updates=0),
         Multistep2(),
     ),

@@ -74,39 +74,43 @@ class ForwardMatching(Algorithm):
     critic_updates: int = 20
 
     def learn(self, run: Run) -> None:
+        problem, last = run.problem, run.settings.steps - 1
+        assert isinstance(problem, ScoreAsAction)
         run.lay_actions()
-        newest = run.replay.batches[-1]
-        newest.lay("return", self.returns(run, newest).expand(newest.steps + 1, -1))
-        assert isinstance(run.problem, ScoreAsAction)
+        self.lay_returns(run, run.replay.batches[-1])
         for batch in run.replay.batches:
-            renoise(run.problem, batch, Noise(run.settings.seed, run.epoch))
-        critic = run.critic if self.critic_updates else None
-        if critic is None:
+            renoise(problem, batch, Noise(run.settings.seed, run.epoch))
+        if not self.critic_updates:
             lay_gains(run)
-        last = newest.steps - 1
 
         def label(n: Nodes) -> dict[str, Tensor]:
-            found = {"gain": n["gain"] if critic is None else n["return"] - critic.value(n.t, n.x, n.cond)}
-            return found if self.target == "soft" else {**found, "a_ref": run.problem.reference(n.t, n.x, n.cond)}
+            found = {}
+            if self.critic_updates:
+                found["gain"] = n["return"] - run.critic.value(n.t, n.x, n.cond)
+            if self.target == "anchored":
+                found["a_ref"] = problem.reference(n.t, n.x, n.cond)
+            return found
 
-        for nodes in run.deal(self.updates, self.nodes, last=last, label=label):
+        def critic_loss(n: Nodes) -> Tensor:
+            return (n["return"] - run.critic.value(n.t, n.x, n.cond)).square()
+
+        calls = (self.critic_updates > 0) + (self.target == "anchored")
+        for nodes in run.deal(self.updates, self.nodes, last=last, label=label if calls else None, calls=calls):
             run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
-        if critic is not None:
-            for nodes in run.deal(self.critic_updates, self.nodes, last=last):
-                run.update(
-                    "critic", lambda n: (n["return"] - critic.value(n.t, n.x, n.cond)).square(), nodes, self.nodes
-                )
+        for nodes in run.deal(self.critic_updates, self.nodes, last=last):
+            run.update("critic", critic_loss, nodes, self.nodes)
 
-    def returns(self, run: Run, batch: Batch) -> Tensor:
-        """G of the newest trajectories, (B,)."""
+    def lay_returns(self, run: Run, batch: Batch) -> None:
+        """Beside every node its sample's G."""
         path, problem = batch.trajectory, run.problem
         assert path.reward is not None
-        if self.target == "anchored":
-            return path.reward
-        a, a_ref = batch.fields["a_old"], batch.fields["a_ref"]
-        t, _, ids = path.flat()
-        p = policy_slope(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).view(path.x.shape)
-        return targets(problem, path, None, increments(problem, path, a, a_ref, a, p, run.conditions(ids)), 0)[0]
+        G = path.reward
+        if self.target == "soft":
+            a, a_ref = batch.fields["a_old"], batch.fields["a_ref"]
+            t, _, ids = path.flat()
+            p = policy_slope(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).view(path.x.shape)
+            G = targets(problem, path, None, increments(problem, path, a, a_ref, a, p, run.conditions(ids)), 0)[0]
+        batch.lay("return", G.expand(batch.steps + 1, -1))
 
     def loss(self, run: Run, n: Nodes) -> Tensor:
         """(n,): the mean over nodes estimates the integral."""
