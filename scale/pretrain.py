@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ctrl.device import make_accelerator
+from ctrl.device import check_device, make_accelerator
 from ctrl.fields import check_fields
 from ctrl.noise import INITIAL, Noise
 from scale import data, report
@@ -145,6 +145,7 @@ def pretrain(s: Pretrain) -> DDPMPipeline:
     progress = json.loads((last / PROGRESS).read_text()) if s.resume else {"step": 0, "seconds": 0.0}
     check_resumed(s, progress)
     accelerator = make_accelerator(mixed_precision=None if s.precision == "no" else s.precision)
+    check_device(accelerator)
     if s.batch < accelerator.num_processes:
         raise ValueError(f"batch must be at least one for each of {accelerator.num_processes} processes, got {s.batch}")
     with accelerator.main_process_first():

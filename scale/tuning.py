@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from ctrl import Solver, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
-from ctrl.device import make_accelerator
+from ctrl.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.fields import check_fields
 from ctrl.fit import Callback, Conditions, Run, check_processes, fit
 from ctrl.fit import Settings as FitSettings
@@ -229,6 +229,8 @@ def check(s: Tuning) -> Algorithm:
         raise ValueError(
             f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
         )
+    if s.precision == "fp16" and is_cpu():
+        raise ValueError(NO_FP16)
     optimizer_of(s)  # it may lack its package
     if s.log_with == "wandb" and find_spec("wandb") is None:
         raise ValueError("log_with wandb needs wandb: pip install wandb")

@@ -42,6 +42,15 @@ def engine(precision):
     return accelerator
 
 
+# float16 where there is none
+
+
+def test_fp16_is_refused_where_accelerate_has_no_autocast_to_it():
+    """It would train in float32."""
+    with pytest.raises(ValueError, match="fp16 is not supported on the CPU"):
+        train(accelerator=Accelerator(mixed_precision="fp16", cpu=True))
+
+
 # float16 that overflows
 
 
