@@ -69,7 +69,7 @@ def short(model, run, /, **changes):
         "prompts": "shapes-doubtful-more", "eval_prompts": "shapes-doubtful", "epochs": 2, "samples": 4, "steps": 3,
         "guidance": 2.0, "lr": 1e-3, "batch": 64, "micro_batch": 64, "out": run, "eval_samples": 4,
         "eval_headline": 5, "eval_grid_samples": 2, "eval_samplers": ("euler",), "eval_steps": (3,),
-        "critic_width": 8, "pictures_every": 1,
+        "critic_width": 8, "pictures_every": 1, "algorithm": "actor-critic",
         "options": ("nodes=8", "critic_updates=1", "actor_updates=1"),
     }  # fmt: skip
     return Settings(**{**plain, **changes})
@@ -214,6 +214,7 @@ def test_a_run_holds_its_folder_from_before_the_model_is_loaded_to_after_the_eva
             marks=pytest.mark.long,
         ),
         {"algorithm": "adjoint-matching", "options": ("updates=1", "nodes=8")},
+        {"algorithm": "forward-matching", "options": ("updates=1", "nodes=8"), "reward": "jpeg-compressibility"},
         pytest.param(
             {"algorithm": "td-form", "options": ("nodes=8", "evaluation.critic_updates=1", "evaluation.nodes=8")},
             marks=pytest.mark.long,

@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, check_noise, check_price
+from ctrl.algorithms.base import Algorithm, check_price
 from ctrl.evaluation import increments, policy_slope, targets
 from ctrl.forward import bridge_score, renoised_path
 from ctrl.linop import dot
@@ -130,15 +130,14 @@ class ForwardMatching(Algorithm):
         return left * n.w * problem.rate(n.t) * loss
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        if self.critic_updates and critic is None:
-            raise ValueError("critic must be given to ForwardMatching unless critic_updates = 0")
-        check_price(problem)
-        check_noise(problem)
         if not isinstance(problem, ScoreAsAction) or problem.eta != 1 or problem.discount:
             raise ValueError(
                 "problem must be ScoreAsAction with eta = 1 and discount = 0 for ForwardMatching: only then is the "
-                "process the time reversal of the noising"
+                "process the time reversal of the noising; elsewhere take ActorCritic"
             )
+        check_price(problem)
+        if self.critic_updates and critic is None:
+            raise ValueError("critic must be given to ForwardMatching unless critic_updates = 0")
 
 
 def renoise(problem: ScoreAsAction, batch: Batch, noise: Noise) -> None:
