@@ -28,6 +28,7 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from ctrl.algorithms import KLBudget
+from ctrl.device import is_cpu
 from ctrl.fit import fit
 from ctrl.lock import FILE
 from scale import make_tiny_sd, models, sd15, tuning
@@ -502,6 +503,25 @@ def test_a_safety_checker_is_saved_though_the_model_is_out_of_reach_by_then(chec
     assert called(tmp_path / "run" / "pipeline")
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}], ids=str)
+def test_a_run_ends_whole_though_its_model_is_deleted_in_training(tmp_path, monkeypatch, changes):
+    """Nothing of the model's folder is read after the start; a later evaluation needs it, and says so."""
+    folder = tmp_path / "model"
+    shutil.copytree(ASSETS / "tiny-sd", folder)
+    losing(monkeypatch, folder)
+    found = train(short(folder, tmp_path / "run", epochs=1, eval_samples=2, eval_steps=(), **changes))
+    assert json.loads((found.out / "evaluation.json").read_text())["gain"] == found.evaluation.gain
+    assert (found.out / "report.html").is_file()
+    if "lora" in changes:
+        assert (found.out / "lora" / "pytorch_lora_weights.safetensors").is_file()
+    else:
+        called(found.out / "pipeline")
+        kept = StableDiffusionPipeline.from_pretrained(found.out / "pipeline").unet.state_dict()
+        assert all(torch.equal(v, kept[name]) for name, v in found.pipeline.unet.state_dict().items())
+    with pytest.raises(ValueError, match=f"model: there is no folder {folder}"):
+        evaluate_run(Evaluate(found.out))
+
+
 def test_a_pipeline_is_saved_without_a_safety_checker_that_is_not_there(checked, tmp_path):
     """A warning says so; and so it is exported."""
     shutil.rmtree(checked / "safety_checker")
@@ -666,6 +686,11 @@ def test_a_trial_is_small_and_of_everything(model, tmp_path):
         ({"algorithm": "magic"}, "algorithm must be one of actor-critic"),
         ({"solver": "magic"}, "solver must be one of 2m|solver must be one of heun"),
         ({"precision": "fp8"}, "precision must be"),
+        pytest.param(
+            {"precision": "fp16"},
+            "precision fp16 is not supported on the CPU, .*: pass bf16 or no",
+            marks=pytest.mark.skipif(not is_cpu(), reason="fp16 is supported here"),
+        ),
         ({"guidance": 0.5}, "guidance must be >= 1"),
         ({"steps": 1}, "steps must be >= 2"),
         ({"steps": 1001}, "steps must be at most the model's 1000"),
