@@ -97,7 +97,7 @@ per epoch, as public codes have it, was tried at 6e-5, 1.8e-4 and 5.4e-4 too, an
 RATE = {
     ("following-soft", "actor-critic"): 6e-5, ("following-soft", "adjoint-matching"): 1.8e-4,
     ("following-soft", "forward-matching"): 1.8e-4, ("following-soft", "ddpo"): 1.8e-4,
-    ("jpeg-compressibility", "actor-critic"): 6e-5, ("jpeg-compressibility", "forward-matching"): 1.8e-4,
+    ("jpeg-compressibility", "actor-critic"): 6e-5, ("jpeg-compressibility", "forward-matching"): 6e-5,
     ("jpeg-compressibility", "ddpo"): 6e-5,
 }  # fmt: skip
 """What the search found: the largest gain, to three digits, on the prompts of training (results/sd_tiny_tuning.json).
