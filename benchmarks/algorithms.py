@@ -417,7 +417,7 @@ def tune(options: AlgorithmOptions) -> list[Row]:
     def carried(jobs: Sequence[Job]) -> dict[Job, Row]:
         return dict(zip(jobs, carry_out(jobs, store, options.jobs), strict=True))
 
-    def value(r: Row) -> float:
+    def value(job: Job, r: Row) -> float:
         return -math.inf if r["failed"] else -number(r, "regret")
 
     runs = search(jobs, carried, value, 2.0, case=lambda job: (job.method, job.steps)).values()

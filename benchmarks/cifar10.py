@@ -228,7 +228,7 @@ def summarise(runs: dict[Job, Any]) -> Iterator[Row]:
             yield {"panel": "curve", "algorithm": job.method, "seed": job.seed, "images": images, "frechet": value}
 
 
-def nearness(found: dict[str, Any]) -> float:
+def nearness(job: Job, found: dict[str, Any]) -> float:
     """What the search maximises; a run that diverged is the worst."""
     return -math.inf if found["failed"] else -float(found["frechet_ode"])
 

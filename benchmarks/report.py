@@ -148,17 +148,17 @@ def those_there(files: dict[Any, Path], store: Path) -> dict[Any, Path]:
 
 
 def search(
-    jobs: Sequence[Any], carry_out: Callable[[Sequence[Any]], dict[Any, Any]], value: Callable[[Any], float],
+    jobs: Sequence[Any], carry_out: Callable[[Sequence[Any]], dict[Any, Any]], value: Callable[[Any, Any], float],
     factor: float, case: Callable[[Any], Any],
 ) -> dict[Any, Any]:  # fmt: skip
     """The runs of jobs at several learning rates (`job.lr`). Those of one case have one grid, whose best point is that
-    with the largest mean value; it is extended by `factor` until this lies inside."""
+    with the largest mean value(job, run); it is extended by `factor` until this lies inside."""
     runs: dict[Any, Any] = {}
     while jobs:
         runs |= carry_out(jobs)
         grids: dict[Any, dict[float, list[float]]] = {}
         for job, run in runs.items():
-            grids.setdefault(case(job), {}).setdefault(job.lr, []).append(value(run))
+            grids.setdefault(case(job), {}).setdefault(job.lr, []).append(value(job, run))
         wanted = {name: beyond({lr: mean(found) for lr, found in grid.items()}, factor) for name, grid in grids.items()}
         new = {replace(job, lr=lr) for job in runs if (lr := wanted[case(job)]) is not None}
         jobs = sorted(new, key=lambda job: job.key)
