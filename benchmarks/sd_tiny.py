@@ -86,7 +86,8 @@ METHODS: dict[str, dict[str, Any]] = {
 CASES = [case for case in product(REWARDS, METHODS) if case != ("jpeg-compressibility", "adjoint-matching")]
 """Reward and method; a black box has no adjoint."""
 HALVED = (
-    ("following-soft", "adjoint-matching"), ("following-soft", "forward-matching"), ("jpeg-compressibility", "actor-critic")
+    ("following-soft", "adjoint-matching"), ("following-soft", "forward-matching"),
+    ("jpeg-compressibility", "actor-critic"),
 )  # fmt: skip
 """What is run with half the pictures too: the best of the continuous-time methods by the search, on following by the
 reward's gradient and by its values."""
