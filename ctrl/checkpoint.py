@@ -18,11 +18,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ctrl.replay import Batch
+from ctrl.replay import Batch, epoch_bytes
 from ctrl.stops import RunFailed
 
 if TYPE_CHECKING:
@@ -87,18 +86,26 @@ def delete(out: Path, names: Sequence[str]) -> None:
             (out / name).unlink(missing_ok=True)
 
 
+def size(models: Mapping[str, nn.Module], average: bool, epoch: int, keep: int) -> int:
+    """Bytes of a checkpoint: weights, two moments of those trained, the average of the policy's, and the trajectories
+    in store, of `epoch` bytes each epoch, but for the oldest."""
+    moving = {name: sum(v.nbytes for v in _moving(model).values()) for name, model in models.items()}
+    moments = sum(2 * p.nbytes for model in models.values() for p in model.parameters() if p.requires_grad)
+    return sum(moving.values()) + moments + (moving["policy"] if average else 0) + (keep - 1) * epoch
+
+
+def most(keep_checkpoints: int) -> int:
+    """Checkpoints on the disk at a time: the last ones, the best, and one that is being written."""
+    return keep_checkpoints + 2
+
+
 def check_room(run: Run) -> None:
-    """Raise unless the disk has room for the checkpoints to come: weights, two moments of those trained, the average,
-    and the trajectories in store."""
+    """Raise unless the disk has room for the checkpoints to come."""
     s = run.settings
     assert s.out is not None
-    weights = sum(v.nbytes for learner in run.learners.values() for v in _moving(learner.model).values())
-    moments = sum(2 * p.nbytes for learner in run.learners.values() for p in learner.trained)
-    average = sum(v.nbytes for v in _average(run).values())
-    state = math.prod(run.problem.shape) * torch.get_default_dtype().itemsize
-    kept = (run.algorithm.keep - 1) * s.samples * (s.steps + 1) * 7 * state  # x, a, xi and four fields
-    need = weights + moments + average + kept
-    count = max(1, s.keep_checkpoints + 2 - len(folders(s.out)))  # the last ones, the best, and one that is written
+    models = {name: learner.model for name, learner in run.learners.items()}
+    need = size(models, bool(s.ema), epoch_bytes(s.samples, s.steps, run.problem.shape), run.algorithm.keep)
+    count = max(1, most(s.keep_checkpoints) - len(folders(s.out)))
     there = next(p for p in (s.out.absolute(), *s.out.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if free < count * need:

@@ -6,7 +6,8 @@ nodes whose trajectories it holds. So what one process, two or four learn from i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,11 @@ from ctrl.rollout import NotFinite, Trajectory
 ON_DEVICE = 2**30
 """Bytes of trajectories that may stay on an accelerator; older epochs are in host memory, and their nodes travel when
 they are used."""
+
+
+def epoch_bytes(samples: int, steps: int, shape: Sequence[int]) -> int:
+    """Of an epoch's trajectories in store: x, a, xi and four fields beside the nodes."""
+    return 7 * samples * (steps + 1) * math.prod(shape) * torch.get_default_dtype().itemsize
 
 
 @dataclass(frozen=True)
