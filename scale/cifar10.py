@@ -20,6 +20,7 @@ import dataclasses
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
@@ -41,7 +42,7 @@ from ctrl.lock import locked
 from ctrl.noise import INITIAL, PATH
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
-from scale import data, pixels, report, tuning
+from scale import data, pixels, report, requirements, tuning
 from scale.diffusion import Decoded, Score, StandIn, Value
 from scale.models import readable
 from scale.pixels import Evaluation
@@ -248,15 +249,27 @@ def check(s: Settings, given: Reward | None = None) -> None:
 def rehearse(s: Settings, outline: pixels.Outline, learned: bool, differentiable: bool) -> None:
     """Raise at what can be wrong with these settings on a model, before its weights are loaded."""
     tuning.check_timesteps(outline, steps=(s.steps,), eval_steps=s.eval_steps)
-    with torch.device("meta"):
-        energy = energy_of(s, outline.unet.config.sample_size)
-    reward: Any = energy if learned else Decoded(None, unmade, differentiable=differentiable)
-    task, made, algorithm = tuning.planned(inner(s) if learned else s, outline, Score.of(outline), reward)
+    task = parts(s, learned, differentiable, outline, unmade)
+    task.algorithm.check(task.problem, task.fit.solver, task.critic)
+
+
+def parts(
+    s: Settings, learned: bool, differentiable: bool, outline: pixels.Outline, reward: Reward
+) -> tuning.Task:  # fmt: skip
+    """What `fit` would be handed; the outline's network may be a stand-in. Data of the energy are zero."""
+    policy = Score.of(outline)
+    judged: Any = Decoded(None, reward, differentiable=differentiable, chunk=s.batch)
     if learned:
-        algorithm = InverseRL(algorithm, lambda ids: ids, s.energy_squares, s.energy_updates)
-    with torch.device("meta"):
-        critic = critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None
-    algorithm.check(task, made.solver, critic)
+        judged = energy_of(s, outline.unet.config.sample_size)
+    task, made, algorithm = tuning.planned(inner(s) if learned else s, outline, policy.frozen(), judged)
+    if learned:
+        algorithm = InverseRL(
+            algorithm, lambda ids: torch.zeros(len(ids), *task.shape), s.energy_squares, s.energy_updates
+        )
+    return tuning.Task(
+        problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm,
+        critic=critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None, conditions=None, fit=made,
+    )  # fmt: skip
 
 
 def dry_run(s: Settings) -> None:
@@ -266,7 +279,9 @@ def dry_run(s: Settings) -> None:
     rehearse(s, outline, learned, learned or tuning.differentiable(s))
     if not s.download:
         pictures_of(s, outline)
-    print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
+    accelerator = make_accelerator(mixed_precision=s.precision)
+    said = needs(s, accelerator)
+    accelerator.print(yaml.safe_dump(s.plain(), sort_keys=False) + said)
 
 
 def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Task:
@@ -359,11 +374,17 @@ def judged(
 ) -> Evaluation:
     """As the settings say."""
     return pixels.evaluate(
-        pipeline, untuned, reward, samples=s.eval_samples, headline=(s.eval_sampler, s.steps),
-        grid=[(name, steps) for name in s.eval_samplers for steps in s.eval_steps],
-        grid_samples=s.eval_grid_samples, pictures=pictures, fid_weights=s.fid_weights, batch=s.batch,
-        kl_samples=s.eval_kl_samples,
-    )  # fmt: skip
+        pipeline, untuned, reward, pictures=pictures, fid_weights=s.fid_weights, **plan_of_evaluation(s)
+    )
+
+
+def plan_of_evaluation(s: Settings) -> dict[str, Any]:
+    """The options of `pixels.evaluate`."""
+    return {
+        "samples": s.eval_samples, "headline": (s.eval_sampler, s.steps), "batch": s.batch,
+        "grid": [(name, steps) for name in s.eval_samplers for steps in s.eval_steps],
+        "grid_samples": s.eval_grid_samples, "kl_samples": s.eval_kl_samples,
+    }  # fmt: skip
 
 
 def save(s: Settings, pipeline: DDPMPipeline) -> None:
@@ -400,11 +421,15 @@ image = pipeline(num_inference_steps={s.steps}).images[0]
     (s.out / "pipeline" / "README.md").write_text(text)
 
 
-def needs(s: Settings) -> str:
-    """Memory of what is kept for every weight, and network calls, from the model's config alone."""
-    weights = pixels.outline(s.model, s.revision, s.variant).unet.num_parameters()
-    reference = 0 if s.offload_reference else weights
-    return tuning.needs(s, weights=weights, trained=weights, reference=reference, calls=1, besides="the reward")
+def needs(s: Settings, accelerator: Accelerator) -> str:
+    """Memory, disk and work of a run, from the model's configs alone."""
+    outline, learned = pixels.outline(s.model, s.revision, s.variant), s.reward == ENERGY
+    tuning.lay_out(s, outline.unet)
+    differentiable = learned or tuning.differentiable(s)
+    return requirements.text(
+        s, outline, partial(parts, s, learned, differentiable), accelerator, differentiable=differentiable, others={},
+        evaluation=pixels.calls_of_evaluation(**plan_of_evaluation(s)) if s.eval else 0,
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ after training

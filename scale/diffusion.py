@@ -186,6 +186,11 @@ class Score(nn.Module):
         return self.guidance**2 + (1 - self.guidance) ** 2
 
     @property
+    def calls(self) -> int:
+        """Of the UNet for a state that has a prompt."""
+        return 1 if self.guidance == 1 else 2
+
+    @property
     def s_min(self) -> float:
         """1/K."""
         return 1 / len(self.noising.betas)

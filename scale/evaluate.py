@@ -143,6 +143,11 @@ def nats(
     return Estimate.of(torch.cat(shared(torch.arange(samples, device=device).split(batch), paid)))
 
 
+def calls_of_nats(samples: int, steps: int) -> int:
+    """Network calls of `nats`, each at one state: Heun's two a step, then policy and reference at the nodes."""
+    return samples * (2 * steps + 2 * (steps + 1))
+
+
 class Written:
     """A dataclass that can be kept as JSON."""
 
@@ -237,6 +242,16 @@ def evaluate(
         path_kl=float(kl.mean), path_kl_se=float(kl.stderr), diversity_before=spread[0],
         diversity_after=spread[1], samples=samples, grid_samples=few, prompt=prompts[0].text, grid=rows[1:],
     )  # fmt: skip
+
+
+def calls_of_evaluation(
+    pipeline: Any, *, samples: int, guidance: float, grid: Sequence[tuple[str, int]], grid_samples: int,
+    headline: tuple[str, int], kl_steps: int, kl_samples: int, batch: int,
+) -> int:  # fmt: skip
+    """Calls of the UNets in `evaluate` with these options, each at one latent. The pipeline may be an outline."""
+    cells = [(headline, samples), *((cell, grid_samples) for cell in grid)]
+    drawn = sum(2 * n * sampler(name, pipeline).asked(steps) for (name, steps), n in cells)
+    return (drawn + calls_of_nats(min(samples, kl_samples), kl_steps)) * (1 if guidance == 1 else 2)
 
 
 @dataclass(frozen=True)

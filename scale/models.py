@@ -109,13 +109,18 @@ class Outline:
     """A pipeline as its configs have it, without weights: the networks are on the meta device, and cannot be called.
 
     Attributes:
-        width: of what the text encoder makes of a prompt; 0 where there are no prompts.
+        vae, text_encoder: None where there are no latents, or no prompts.
     """
 
     unet: Any
     vae: Any
     scheduler: Any
-    width: int
+    text_encoder: Any
+
+    @property
+    def width(self) -> int:
+        """Of what the text encoder makes of a prompt; 0 where there are no prompts."""
+        return 0 if self.text_encoder is None else self.text_encoder.config.hidden_size
 
 
 def outline(name: str, revision: str | None = None, variant: str | None = None) -> Outline:
@@ -131,8 +136,8 @@ def outline(name: str, revision: str | None = None, variant: str | None = None) 
             check_weights([Path(name) / part for part in ("unet", "vae", "text_encoder")], variant)
         with init_empty_weights():
             unet, vae = (empty(index, part, name, part, revision) for part in ("unet", "vae"))
+            text = CLIPTextModel(CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", revision=revision))
         scheduler = empty(index, "scheduler", name, "scheduler", revision)
-        width = CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", revision=revision).hidden_size
     except OSError as wrong:
         raise ValueError(not_there(name, variant, wrong)) from wrong
     if (channels := unet.config.in_channels) != vae.config.latent_channels:
@@ -144,7 +149,7 @@ def outline(name: str, revision: str | None = None, variant: str | None = None) 
     if not (isinstance(sides, int) or (isinstance(sides, list | tuple) and len(sides) == 2)):
         raise ValueError(f"model: the UNet of {name} must have a sample_size, a number or two, got {sides!r}")
     check_prediction(name, scheduler)
-    return Outline(unet, vae, scheduler, width)
+    return Outline(unet, vae, scheduler, text)
 
 
 def check_place(name: str) -> None:

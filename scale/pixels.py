@@ -33,7 +33,7 @@ from ctrl.fields import one_of
 from scale.classifiers import Moments, diversity, features, frechet, histogram
 from scale.data import Pictures
 from scale.diffusion import NO_PROMPT, Decoded, Score, problem
-from scale.evaluate import SEED, Written, batches, nats, progress, shared
+from scale.evaluate import SEED, Written, batches, calls_of_nats, nats, progress, shared
 from scale.models import Outline, check_place, check_prediction, check_weights, empty, not_there
 from scale.rewards import Reward, ask
 
@@ -46,6 +46,8 @@ NOISY: dict[str, dict[str, str]] = {
     "sde-dpmsolver++": {"algorithm_type": "sde-dpmsolver++"},
 }
 """Those that draw noise in every step, and what makes them the SDE's."""
+KL_STEPS = 25
+"""Of Heun, for the path KL."""
 
 
 def load(name: str, revision: str | None = None, variant: str | None = None) -> DDPMPipeline:
@@ -82,7 +84,7 @@ def outline(name: str, revision: str | None = None, variant: str | None = None) 
             f"{config.out_channels}, of size {config.sample_size}"
         )
     check_prediction(name, box)
-    return Outline(unet, None, box, 0)
+    return Outline(unet, None, box, None)
 
 
 def _empty(index: dict[str, Any], part: str, name: str, revision: str | None) -> Any:
@@ -266,7 +268,7 @@ def evaluate(
     best = max(started, key=lambda by: float(started[by].mean()))
     nearer = min(away, key=lambda by: away[by])
     task = problem(Score.of(untuned), Decoded(None, reward), beta=1.0)
-    kl = nats(task, Score.of(pipeline), lambda ids: None, min(samples, kl_samples), 25, batch)
+    kl = nats(task, Score.of(pipeline), lambda ids: None, min(samples, kl_samples), KL_STEPS, batch)
     gain = Estimate.of(ended - started[best])
     shown = (before[name], after)
     copies = [None if held is None else float(nearest(images, held).quantile(0.01)) for images in shown]
@@ -284,6 +286,15 @@ def evaluate(
         untuned={by: {"reward": float(r.mean()), "frechet": away[by]} for by, r in started.items()},
         grid_samples=grid_samples, grid=rows,
     )  # fmt: skip
+
+
+def calls_of_evaluation(
+    *, samples: int, headline: tuple[str, int], grid: Sequence[tuple[str, int]], grid_samples: int, kl_samples: int,
+    batch: int,
+) -> int:  # fmt: skip
+    """Calls of the UNets in `evaluate` with these options, each at one picture."""
+    drawn = samples * headline[1] * (len(SAMPLERS) + 1) + 2 * grid_samples * sum(n for _, n in dict.fromkeys(grid))
+    return drawn + calls_of_nats(min(samples, kl_samples), KL_STEPS)
 
 
 @torch.no_grad()

@@ -107,6 +107,10 @@ class BlackBox(Solver):
             )
         return times
 
+    def asked(self, steps: int) -> int:
+        """Network calls for a picture."""
+        return len(self._prepared(steps).timesteps)
+
     def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
         return grids.trapezoid(problem, times)
 

@@ -19,6 +19,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -39,10 +40,10 @@ from ctrl.device import make_accelerator
 from ctrl.lock import locked
 from ctrl.problem import ScoreAsAction
 from ctrl.value import Critic
-from scale import models, report, tuning
+from scale import models, report, requirements, tuning
 from scale import prompts as prompt_lists
-from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, sides_of
-from scale.evaluate import Evaluation, Pictures, draw, evaluate
+from scale.diffusion import NO_PROMPT, ON_DEVICE, Decoded, Prompts, Score, StandIn, Value, sides_of
+from scale.evaluate import Evaluation, Pictures, calls_of_evaluation, draw, evaluate
 from scale.prompts import Prompt
 from scale.rewards import Reward, ask, ceiling_of, has_gradient, terms, unmade
 from scale.samplers import known
@@ -139,21 +140,35 @@ def try_rewards(pipeline: StableDiffusionPipeline, rewards: dict[str, Reward], *
 def rehearse(s: Settings, outline: models.Outline, gradient: bool) -> None:
     """Raise at what can be wrong with these settings on a model, before its weights are loaded."""
     tuning.check_timesteps(outline, steps=(s.steps,), eval_headline=(s.eval_headline,), eval_steps=s.eval_steps)
-    judged = Decoded(outline.vae, unmade, differentiable=gradient)
-    task, made, algorithm = tuning.planned(s, outline, Score.of(outline, s.guidance), judged)
-    with torch.device("meta"):
-        critic = critic_of(s, task, outline.width, gradient) if s.algorithm in LEARN_VALUES else None
-    algorithm.check(task, made.solver, critic)
+    task = parts(s, gradient, outline, unmade)
+    task.algorithm.check(task.problem, task.fit.solver, task.critic)
+
+
+def parts(s: Settings, gradient: bool, outline: models.Outline, reward: Reward) -> tuning.Task:
+    """What `fit` would be handed; the outline's networks may be stand-ins. There is one prompt."""
+    policy = Score.of(outline, s.guidance)
+    judged = Decoded(outline.vae, reward, differentiable=gradient, chunk=s.batch)
+    task, made, algorithm = tuning.planned(s, outline, policy.frozen(), judged)
+    text = outline.text_encoder.config
+    embeds, pooled = torch.zeros(1, text.max_position_embeddings, text.hidden_size), torch.zeros(1, outline.width)
+    return tuning.Task(
+        problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm,
+        critic=critic_of(s, task, outline.width, gradient) if s.algorithm in LEARN_VALUES else None,
+        conditions=Prompts([NO_PROMPT], embeds, pooled, embeds, s.in_a_row), fit=made,
+    )  # fmt: skip
 
 
 def dry_run(s: Settings) -> None:
     """Print the settings and what they need, unless a run would refuse them before it loads weights."""
-    _, eval_prompts = check(s)
+    prompts, eval_prompts = check(s)
     rehearse(s, models.outline(s.model, s.revision, s.variant), tuning.differentiable(s))
     if s.other_reward is not None:
         has_gradient(s.other_reward, s.reward_python)
-    print(yaml.safe_dump(s.plain(), sort_keys=False) + needs(s))
-    say_left_out(s, eval_prompts)
+    accelerator = make_accelerator(mixed_precision=s.precision)
+    said = needs(s, len(prompts), accelerator)
+    accelerator.print(yaml.safe_dump(s.plain(), sort_keys=False) + said)
+    if accelerator.is_main_process:
+        say_left_out(s, eval_prompts)
 
 
 def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
@@ -251,12 +266,17 @@ def judged(
     rewards: dict[str, Reward],
 ) -> Evaluation:  # fmt: skip
     """As the settings say."""
-    return evaluate(
-        pipeline, untuned, prompts, rewards, samples=s.eval_samples, guidance=s.guidance,
-        grid=tuple(product(s.eval_samplers, s.eval_steps)), grid_samples=s.eval_grid_samples,
-        headline=("dpmsolver++", s.eval_headline), kl_steps=s.eval_headline, kl_samples=s.eval_kl_samples,
-        ceiling=ceiling_of(rewards["reward"], prompts), batch=s.batch,
-    )  # fmt: skip
+    ceiling = ceiling_of(rewards["reward"], prompts)
+    return evaluate(pipeline, untuned, prompts, rewards, ceiling=ceiling, **plan_of_evaluation(s))
+
+
+def plan_of_evaluation(s: Settings) -> dict[str, Any]:
+    """The options of `evaluate`."""
+    return {
+        "samples": s.eval_samples, "guidance": s.guidance, "grid": tuple(product(s.eval_samplers, s.eval_steps)),
+        "grid_samples": s.eval_grid_samples, "headline": ("dpmsolver++", s.eval_headline),
+        "kl_steps": s.eval_headline, "kl_samples": s.eval_kl_samples, "batch": s.batch,
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------ the pipeline
@@ -317,17 +337,23 @@ image = pipeline({json.dumps(prompt.text)}, guidance_scale={s.guidance:g}).image
 # ------------------------------------------------------------------------------------------ what it would need
 
 
-def needs(s: Settings) -> str:
-    """Memory of what is kept for every weight, and network calls, from the model's config alone."""
-    unet = models.outline(s.model, s.revision, s.variant).unet
+def needs(s: Settings, prompts: int, accelerator: Accelerator) -> str:
+    """Memory, disk and work of a run on so many prompts, from the model's configs alone."""
+    outline = models.outline(s.model, s.revision, s.variant)
     if s.lora:
         with init_empty_weights():
-            adapters(unet, s.lora)
-    weights = unet.num_parameters()
-    trained = sum(p.numel() for p in unet.parameters() if p.requires_grad)
-    return tuning.needs(
-        s, weights=weights, trained=trained, reference=0 if s.lora or s.offload_reference else weights,
-        calls=2 if s.guidance > 1 else 1, besides="the VAE, the text encoder, the reward",
+            adapters(outline.unet, s.lora)
+    tuning.lay_out(s, outline.unet)
+    text = outline.text_encoder.config
+    embeds = 4 * prompts * text.max_position_embeddings * text.hidden_size
+    others = {
+        "VAE": 4 * outline.vae.num_parameters(), "text encoder": 4 * outline.text_encoder.num_parameters(),
+        "prompts": embeds if embeds <= ON_DEVICE else 0,
+    }  # fmt: skip
+    gradient = tuning.differentiable(s)
+    return requirements.text(
+        s, outline, partial(parts, s, gradient), accelerator, differentiable=gradient, others=others,
+        evaluation=calls_of_evaluation(outline, **plan_of_evaluation(s)) if s.eval else 0,
     )  # fmt: skip
 
 

@@ -249,7 +249,7 @@ class Tuning:
     """A trial of everything from loading to report, in OUT-quick, which is overwritten: two epochs of eight images, and
     figures of four."""
     dry_run: bool = False
-    """Only print these settings, and what they would need."""
+    """Only print these settings, and what they would need: memory, disk, calls of the UNet, and hours."""
 
     def __post_init__(self) -> None:
         if self.model == "embedded":

@@ -245,30 +245,6 @@ def check_timesteps(pipeline: DiffusionPipeline, **steps: Sequence[int]) -> None
             raise ValueError(f"{name} must be at most the model's {most} timesteps, got {max(asked)}")
 
 
-def needs(s: Tuning, *, weights: int, trained: int, reference: int, calls: int, besides: str) -> str:
-    """Memory of what is kept for every weight, and network calls.
-
-    Args:
-        weights, trained, reference: how many the UNet has, are trained, and the untuned UNet holds on the device.
-        calls: of the UNet in a call of the policy.
-        besides: what is in memory too.
-    """
-    bytes_of = {
-        "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
-        "untuned weights": 4 * reference, "average": 4 * trained if s.ema else 0,
-    }  # fmt: skip
-    memory = ", ".join(f"{name} {size / 2**30:.2f} GiB" for name, size in bytes_of.items() if size)
-    drawing = s.samples * s.steps * SOLVERS.get(s.solver, SOLVERS["ddim"])().calls * calls
-    disk = (4 * trained + bytes_of["optimiser"] + bytes_of["average"]) * (s.keep_checkpoints + 2)
-    return (
-        f"# memory: {memory}; {sum(bytes_of.values()) / 2**30:.2f} GiB. Besides: activations of {s.micro_batch} nodes, "
-        f"{besides} and the trajectories in store\n"
-        f"# disk: {disk / 2**30:.2f} GiB for {s.keep_checkpoints} checkpoints, the best and one that is being written\n"
-        f"# an epoch: {s.samples} pictures, {drawing} evaluations of the UNet to draw them, and in learning several "
-        f"times as many; {s.epochs} epochs, {s.epochs * s.samples} pictures"
-    )
-
-
 # ------------------------------------------------------------------------------------------ a run
 
 
@@ -358,15 +334,21 @@ def untuned(pipeline: P, reference: Score) -> P:
 
 def pretrain(s: Tuning, task: Task, accelerator: Accelerator) -> None:
     """The critic regresses on the rewards of the untuned model's pictures: Monte Carlo, nothing else moves."""
+    first = alone(s, task)
+    fit(
+        first.problem, first.learner, first.algorithm, critic=first.critic, conditions=first.conditions,
+        settings=first.fit, resume=s.resume, accelerator=accelerator,
+    )  # fmt: skip
+
+
+def alone(s: Tuning, task: Task) -> Task:
+    """The task of the critic in those epochs."""
     given = dataclasses.replace(s, kl=None)
     algorithm = algorithm_of(given, not task.problem.noiseless)
     like = algorithm if isinstance(algorithm, ActorCritic) else ActorCritic(nats=math.inf)
-    alone = dataclasses.replace(like, actor_updates=0, trace=0.0)
     settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
-    fit(
-        task.problem, task.policy, alone, critic=task.critic, conditions=task.conditions, settings=settings,
-        resume=s.resume, accelerator=accelerator,
-    )  # fmt: skip
+    still = dataclasses.replace(like, actor_updates=0, trace=0.0)
+    return dataclasses.replace(task, learner=task.policy, algorithm=still, fit=settings)
 
 
 class Watch:

@@ -315,12 +315,6 @@ def test_a_checkpoint_of_a_part_is_enough_if_it_is_what_is_trained(tmp_path):
             tuning.restore(unet, tmp_path)
 
 
-def test_room_is_asked_for_what_is_trained():
-    """Four bytes a weight, eight for its moments, four for its average; two checkpoints, the best, and the next."""
-    said = tuning.needs(Mine(ema=0.5), weights=2**33, trained=2**28, reference=0, calls=1, besides="")
-    assert "weights 32.00 GiB" in said and "average 1.00 GiB" in said and "disk: 16.00 GiB" in said
-
-
 def test_an_error_of_a_users_is_a_line(monkeypatch):
     def wrong(arguments):
         raise ValueError(f"{arguments} will not do")
