@@ -130,7 +130,7 @@ def test_the_account_of_memory_and_disk_is_what_a_run_takes(model, tmp_path, cha
     before = held["weights"] + held["untuned weights"]
     assert meter.most == pytest.approx(sum(held.values()) - before, rel=0.25)
     written = sum(f.stat().st_size for f in checkpoint.newest(tmp_path).rglob("*"))
-    assert written == pytest.approx(disk, rel=0.1)
+    assert written == pytest.approx(disk, rel=0.1, abs=2**17)  # headers of the files, which are all that adapters have
 
 
 def account(s, outline, parts, gradient, accelerator):
@@ -192,7 +192,7 @@ def test_the_calls_of_an_evaluation_of_pictures_are_counted(tmp_path):
 def test_the_energy_is_rehearsed(tmp_path):
     """A reward that is learned is trained in the rehearsal too."""
     s = cifar10.Settings(reward=cifar10.ENERGY, data=tmp_path, epochs=3, samples=4, steps=4, options=("nodes=8",),
-                         model="embedded", precision="no")  # fmt: skip
+                         model="embedded", precision="no").resolved()  # fmt: skip
     outline = pixels.outline(s.model)
     (one, *_, last) = rehearsed(s, outline, partial(cifar10.parts, s, True, True), True, make_accelerator())
     assert one == last and one["forward"] > one["back"] > one["weights"] > 0
