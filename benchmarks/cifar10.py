@@ -166,7 +166,7 @@ def run(job: Job, store: Path) -> None:
 def sampled(task: Task, s: Settings, n: int) -> Tensor:
     """Pictures by the sampler that is trained, the jitter of its steps as well; each has its own noise, which was not
     trained on, and 64 share their steps."""
-    device = task.pipeline.unet.device
+    device = next(task.policy.parameters()).device
     return torch.cat([
         pictures_of(None, rollout(
             task.problem, task.policy, task.fit.times(task.problem, Noise(SEED, k)), Noise(SEED), ids,

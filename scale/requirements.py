@@ -192,7 +192,7 @@ def measured(s: Tuning, task: Task, vae: nn.Module | None, counts: Counter[str])
         policy, reference = cast(Score, task.policy), cast(Score, task.problem.reference)
         for network in (policy, reference, vae):
             if network is not None and next(network.parameters()).is_meta:  # the reference may be the policy's UNet
-                network.to_empty(device="cpu")
+                _fill(network)
         for p in policy.parameters():  # they are there from the second part of an update on
             p.grad = torch.zeros_like(p) if p.requires_grad else None
 
@@ -224,6 +224,18 @@ def measured(s: Tuning, task: Task, vae: nn.Module | None, counts: Counter[str])
                 again = found["image"].flops if images < micro else 0.0  # `Decoded` decodes each piece twice
                 found["image_slope"] = Cost(once.peak, once.flops + again)
     return found
+
+
+def _fill(network: nn.Module) -> None:
+    """Tensors that say they have data, in place of those of an outline. (`to_empty` swaps tensors, which fails where
+    anything has a weak reference to one.)"""
+    for module in network.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad)
+        for name, v in module._buffers.items():
+            if v is not None:
+                module._buffers[name] = torch.empty_like(v, device="cpu")
 
 
 # ------------------------------------------------------------------------------------------ what it comes to
