@@ -84,7 +84,7 @@ def run(model, pictures, tmp_path_factory):
 
 def test_a_run_leaves_a_pipeline_that_draws_what_was_evaluated(run):
     """By diffusers' own call."""
-    alone = DDPMPipeline.from_pretrained(run.out / "pipeline")
+    alone = DDPMPipeline.from_pretrained(run.out / "pipeline").to(run.pipeline.device)
     alone.set_progress_bar_config(disable=True)
     rngs = [pixels.generator(pixels.SEED, i) for i in range(6)]
     shown = alone(batch_size=6, generator=rngs, num_inference_steps=4, output_type="np").images
