@@ -115,7 +115,7 @@ def test_the_energy_is_learned_and_kept(run, model, pictures):
     assert set(first) == set(learned)
     assert all(not torch.equal(v, learned[name]) for name, v in first.items())
     untuned = pixels.load(str(model)).unet.state_dict()
-    assert any(not torch.equal(v, untuned[k]) for k, v in run.pipeline.unet.state_dict().items())
+    assert any(not torch.equal(v.cpu(), untuned[k]) for k, v in run.pipeline.unet.state_dict().items())
     assert all("reward_loss" in epoch for epoch in run.history)
 
 
