@@ -1,8 +1,6 @@
 """scale/evaluate.py: fixed seeds, paired differences, and the pipeline's own pictures."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from ctrl.noise import INITIAL
 from scale.evaluate import SEED, batches, diversity, draw, evaluate, shared
 from scale.make_tiny_sd import unet, untrained
 from scale.prompts import Prompt
+from tests.processes import member, several
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [Prompt("a red circle on a white ground", {"weight": 2.0}), Prompt("a blue cross on a black ground")]
@@ -91,33 +90,19 @@ def both(pipeline):
 
 def worker(folder, rank, world):
     """One process of several."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    make_accelerator()
-    drawn = []
-    pieces = shared(batches(7, 2), lambda ids: drawn.append(ids) or list(ids))
-    assert pieces == [[0, 1], [2, 3], [4, 5], [6]] and drawn == batches(7, 2)[rank::world]
-    both(made()).write(Path(folder, f"{rank}.json"))
-    torch.distributed.destroy_process_group()
+    with member(folder, rank, world):
+        make_accelerator()
+        drawn = []
+        pieces = shared(batches(7, 2), lambda ids: drawn.append(ids) or list(ids))
+        assert pieces == [[0, 1], [2, 3], [4, 5], [6]] and drawn == batches(7, 2)[rank::world]
+        both(made()).write(Path(folder, f"{rank}.json"))
 
 
 @pytest.mark.long
 def test_several_processes_share_an_evaluation_and_find_what_one_finds(tmp_path, pipeline):
     """Each draws its share, of the same batches, and all have the same numbers, to the last bit."""
-    world = {
-        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path), str(rank)],
-            env={**os.environ, **world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    both(pipeline).write(tmp_path / "one.json")
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    with several(2, __file__, tmp_path):
+        both(pipeline).write(tmp_path / "one.json")
     one, *found = ((tmp_path / f"{name}.json").read_text() for name in ("one", 0, 1))
     assert found == [one, one]
 
@@ -161,4 +146,4 @@ def test_a_gain_is_paired_and_kl_is_of_guided_processes(pipeline):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], int(sys.argv[2]), 2)
+    worker(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

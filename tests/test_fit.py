@@ -5,8 +5,6 @@ import copy
 import dataclasses
 import functools
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -34,6 +32,7 @@ from ctrl.algorithms import (
 )
 from ctrl.fit import Settings, fit, linear_decay
 from ctrl.lock import FILE
+from tests.processes import member, several
 from toy import catalogue
 from toy.networks import Policy, Value
 
@@ -223,42 +222,29 @@ def half():
 
 def worker(folder, rank, world):
     """One process of several: what it has of every run goes to a file."""
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    store = torch.distributed.FileStore(f"{folder}/store", world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    runs = {name: train(**case) for name, case in CASES.items()}
-    runs["resumed"] = interrupted(2, out=f"{folder}/run", checkpoint_every=2, **CASES["actor-critic"])
-    told = {name: run.plain() for name, run in runs.items()}
-    taken = Path(folder, "taken")
-    taken.mkdir(exist_ok=True)
-    (taken / FILE).write_text('{"pid": 7, "host": "elsewhere"}')
-    with pytest.raises(ValueError, match="taken by process 7 on elsewhere") as refused:
-        train(out=taken)
-    told["dealt"] = dealt()
-    told["apart"] = [apart(**case) for case in ({"init": rank}, {"problem": seeded(rank)})]
-    told["refused"], told["left"] = str(refused.value), sorted(file.name for file in Path(folder, "run").iterdir())
-    told["half"] = half()
-    torch.save(told, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with member(folder, rank, world):
+        runs = {name: train(**case) for name, case in CASES.items()}
+        runs["resumed"] = interrupted(2, out=f"{folder}/run", checkpoint_every=2, **CASES["actor-critic"])
+        told = {name: run.plain() for name, run in runs.items()}
+        taken = Path(folder, "taken")
+        taken.mkdir(exist_ok=True)
+        (taken / FILE).write_text('{"pid": 7, "host": "elsewhere"}')
+        with pytest.raises(ValueError, match="taken by process 7 on elsewhere") as refused:
+            train(out=taken)
+        told["dealt"] = dealt()
+        told["apart"] = [apart(**case) for case in ({"init": rank}, {"problem": seeded(rank)})]
+        told["refused"], told["left"] = str(refused.value), sorted(file.name for file in Path(folder, "run").iterdir())
+        told["half"] = half()
+        torch.save(told, f"{folder}/{rank}.pt")
 
 
 @functools.cache
 def together(world):
     """What each of several processes has of every run, [rank][run]."""
-    shared = {
-        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world),
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, __file__, folder, str(rank), str(world)],
-                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            )
-            for rank in range(world)
-        ]
-        assert [process.wait(timeout=600) for process in processes] == [0] * world
+        with several(world, __file__, folder):
+            pass
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
 
 

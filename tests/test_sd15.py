@@ -5,7 +5,6 @@ import dataclasses
 import gc
 import html.parser
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -40,6 +39,7 @@ from scale.sd15 import Evaluate, Export, Sample, evaluate_run, export, main, sam
 from scale.settings import ASSETS, EMBEDDED, Settings
 from scale.shapes import judge, parse
 from scale.tuning import algorithm_of, learn
+from tests.processes import member, several
 
 ROOT = Path(__file__).parents[1]
 
@@ -384,29 +384,15 @@ def trained(model, out):
 
 def worker(model, folder, rank, world):
     """One process of several: what it has at the end goes to a file."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    torch.save(trained(model, f"{folder}/run"), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    with member(folder, rank, world):
+        torch.save(trained(model, f"{folder}/run"), f"{folder}/{rank}.pt")
 
 
 @pytest.mark.long
 def test_adapters_on_two_processes_are_those_of_one(model, tmp_path):
     """Weights and metrics, to rounding; and both processes end with the same."""
-    shared = {
-        "PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true",
-        "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-    }  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(model), str(tmp_path), str(rank)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-    one = trained(model, tmp_path / "alone")
-    assert [process.wait(timeout=600) for process in processes] == [0, 0]
+    with several(2, __file__, model, tmp_path):
+        one = trained(model, tmp_path / "alone")
     for rank in range(2):
         run = torch.load(tmp_path / f"{rank}.pt")
         torch.testing.assert_close(run["weights"], one["weights"], rtol=1e-9, atol=1e-11)
@@ -859,4 +845,4 @@ def test_the_recipe_runs(tmp_path):
 
 
 if __name__ == "__main__":
-    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), 2)
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
