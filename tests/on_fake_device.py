@@ -298,6 +298,7 @@ def test_offloaded_weights_stay_where_they_are():
 
     reference = Offloaded()
     train(CASES["ddpo"][0], problem=dataclasses.replace(problem, reference=reference), solver=DDIM(), epochs=1)
+    assert reference.weight.is_meta
 
 
 # when the host waits: beyond what an epoch does once

@@ -9,20 +9,20 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 
-def run_there(*arguments):
-    """pytest with the fake device as accelerate's default."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fake_device", "-p", "no:cacheprovider", *arguments]
+def passes_there(file):
+    """Whether the tests of a file pass with the fake device as accelerate's default."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fake_device", "-p", "no:cacheprovider", file]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:]
-    assert " passed" in done.stdout
+    return " passed" in done.stdout
 
 
 @pytest.mark.long
 def test_ctrl_and_toy_run_on_it():
-    run_there("tests/on_fake_device.py")
+    assert passes_there("tests/on_fake_device.py")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("module", ["test_scale", "test_sd15", "test_cifar10"])
 def test_the_tests_of_scale_pass_on_it(module):
-    run_there(f"tests/{module}.py")
+    assert passes_there(f"tests/{module}.py")

@@ -40,7 +40,7 @@ def words(script):
 def test_a_benchmark_takes_the_options_it_is_called_with(name, arguments):
     main = importlib.import_module(f"benchmarks.{name}").main
     (options, *_) = get_type_hints(main).values()
-    tyro.cli(options, args=arguments)
+    assert isinstance(tyro.cli(options, args=arguments), options)
 
 
 @pytest.mark.parametrize(("name", "arguments"), words("scale"), ids=lambda v: " ".join(v) if v != [] else "plain")
