@@ -1,5 +1,6 @@
 """Forward matching: its baseline, what it refuses, and what a run of it keeps; its gradient is in test_algorithms."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -82,11 +83,36 @@ def test_samples_are_grouped_by_a_condition_of_whole_numbers(cond, groups):
 # ------------------------------------------------------------------------------------------ runs
 
 
+class Unconditional(Policy):
+    """One that ignores its condition."""
+
+    def forward(self, t, x, cond=None):
+        return super().forward(t, x)
+
+
 def ran(algorithm, resume=False, **settings):
     torch.manual_seed(0)
     problem = catalogue.get("mixture-2d").problem
     settings = Settings(samples=16, steps=4, lr=1e-3, schedule=lambda p: 1.0, progress=False, **settings)
     return fit(problem, Policy(problem), algorithm, settings=settings, resume=resume).history
+
+
+def test_any_labels_are_conditions():
+    """Of whatever sign and size; what is no whole number is none, which makes a difference where rewards have one."""
+    exact, losses = catalogue.get("mixture-2d").problem, []
+    for labels in ([-(10**12), 3], [0, 1], [0.0, 1.0]):
+        torch.manual_seed(0)
+        last = labels[1]
+        problem = dataclasses.replace(
+            exact, reward=lambda x, cond, last=last: exact.reward(x, cond) + 2 * (cond == last)
+        )
+        found = fit(
+            problem, Unconditional(problem), ForwardMatching(updates=2, nodes=16, critic_updates=0),
+            conditions=lambda ids, labels=labels: torch.tensor(labels)[ids % 2],
+            settings=Settings(samples=16, steps=4, epochs=2, lr=1e-3, progress=False),
+        )  # fmt: skip
+        losses.append([m["policy_loss"] for m in found.history])
+    assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("target", ["soft", "anchored"])

@@ -9,22 +9,23 @@ follows
 the usual denoising loss on its own samples (s = grad_x log p(x | x_T), so sigma (s - a) is eps_theta - eps), times how
 much better than expected they are. Two returns:
 
-    soft      G = r - beta log dP_a/dP_ref along the whole path: exact. The gradient is that of J, and at the optimum
-              G is the same on all paths: the variance vanishes.
+    soft      G = r - beta log dP_a/dP_ref along the whole path. If the policy is the score of its own law, this is the
+              gradient of J, and at the optimum G is the same on all paths: the variance vanishes.
     anchored  G = r, and + w beta ½ |sigma (a - a_ref)|² in the loss: what public codes have (Reinforce Adjoint
               Matching, arXiv 2605.10759, and its relatives). It stops short of the optimum, by a few per cent of the
-              regret, for it lacks what later actions cost. It needs no noise along the path.
+              regret, for it lacks what later actions cost.
 
-The weight w(lambda) leaves the fixed point where it is. w = 1 is natural, a regression on eps that is uniform over
+A weight w(lambda) alone leaves the fixed point where it is. w = 1 is natural, a regression on eps that is uniform over
 log-SNR; with w = e^-lambda = sigma²/alpha² it is one on x0hat, w |eps_theta - eps|² = |x0hat_theta - x_T|². A reward
 that is decided early has its signal at small log-SNR; where lambda is large there is the noise of eps alone. `damping`
 is added to the w of the anchor, so that a - a_ref = w/(w + damping) grad V/beta is shrunk there.
 
 E[s - a | x] = 0 holds for a policy that is the score of its own law alone, and off it a baseline other than E[G | x]
 pushes the policy further off. So the baseline is a critic, fitted to G at earlier epochs' nodes, or else the mean of G
-over other samples, of the same condition as far as conditions are known to differ. `hold` beta is added to G', clipped
-at as much: zero in the mean where the policy is the score of its own law, and elsewhere a pull to it, with a loss that
-is bounded from below; at the optimum, where G' is zero, the clip does nothing.
+over other samples, of the same condition as far as conditions are known to differ. G' is clipped at `hold` beta, and as
+much is added to it: zero in the mean where the policy is the score of its own law, and elsewhere a pull to it, with a
+loss that is bounded from below. Where the clip cuts, the step is shorter than the gradient's; at the optimum, where G'
+is zero, it cuts nothing.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from ctrl.algorithms.base import Algorithm, check_price
@@ -59,7 +61,7 @@ class ForwardMatching(Algorithm):
         target: soft or anchored.
         weight: in which prediction the regression is uniform over log-SNR, eps or x0hat.
         damping: added to the weight of the anchor.
-        hold: pull to the score of the policy's own law, in units of beta.
+        hold: pull to the score of the policy's own law, and clip of G', in units of beta; with 0 there is neither.
         critic_updates: of the critic, the baseline, per epoch, with as many nodes; with 0 no critic is asked, and the
             baseline is the mean over other samples.
     """
@@ -155,7 +157,8 @@ def lay_gains(run: Run) -> None:
     batches = run.replay.batches
     y = torch.cat([b.fields["return"][0].to(run.accelerator.device) for b in batches])
     group = group_of(run.conditions(torch.cat([b.trajectory.ids.to(y.device) for b in batches])), len(y)).to(y.device)
-    gain = y - others_mean(y, group, run.accelerator.reduce, int(run.accelerator.gather(group.max()[None]).max()) + 1)
+    every = torch.tensor(sorted({g for part in gather_object([group.tolist()]) for g in part}), device=y.device)
+    gain = y - others_mean(y, torch.searchsorted(every, group), run.accelerator.reduce, len(every))
     for batch, part in zip(batches, gain.split([b.samples for b in batches]), strict=True):
         batch.lay("gain", part.expand(batch.steps + 1, -1))
 
@@ -165,7 +168,7 @@ def group_of(cond: Any, n: int) -> Tensor:
     index = cond if torch.is_tensor(cond) else getattr(cond, "index", None)
     if index is None or index.is_floating_point() or index.shape != (n,):
         return torch.zeros(n, dtype=torch.int64)
-    return index
+    return index.long()
 
 
 def others_mean(y: Tensor, group: Tensor, total: Callable[[Tensor], Tensor], groups: int) -> Tensor:
