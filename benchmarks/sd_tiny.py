@@ -13,7 +13,7 @@ the same settings but for those of `METHODS`, the learning rate of each from the
 Training rewards are means over the last SMOOTH epochs. `images_to` is how many pictures were drawn until that mean was
 at DDPO's final one, the mean over its seeds; `kept` the mean gain over samplers and steps (rows of the panel
 `samplers`) relative to that of DDIM with as many steps as in training, on the same pictures. The panel `half` has the
-best of the continuous-time methods again, in runs of half the pictures: what is to be held against DDPO's gain from
+best of the continuous-time methods again, in runs of half the images: what is to be held against DDPO's gain from
 all of them.
 Runs are kept in OUT/sd_tiny.runs, so that an interrupted run goes on. Rows of rewards and methods that are not asked
 for stay as they are, with the commit that they were made at.
@@ -89,7 +89,7 @@ HALVED = (
     ("following-soft", "adjoint-matching"), ("following-soft", "forward-matching"),
     ("jpeg-compressibility", "actor-critic"),
 )  # fmt: skip
-"""What is run with half the pictures too: the best of the continuous-time methods by the search, on following by the
+"""What is run with half the images too: the best of the continuous-time methods by the search, on following by the
 reward's gradient and by its values."""
 RATES, FACTOR = (2e-5, 6e-5, 1.8e-4), 3.0
 """Of the search, which is extended by this factor until the best lies inside. DDPO with two optimiser steps

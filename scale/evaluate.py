@@ -6,7 +6,7 @@
 For each sampler and number of steps the pipeline's own call draws the same pictures before and after: one noise for a
 sample id, whatever the batch. Rewards and their gain are means over samples, the gain's error is of paired differences.
 Path KL is Girsanov's, from a rollout at eta = 1, in nats a picture. Diversity is the mean distance, per latent
-coordinate, between pictures of one prompt. Several processes share the work, in the batches of one, so the numbers are
+coordinate, between images of one prompt. Several processes share the work, in the batches of one, so the numbers are
 those of one.
 """
 
@@ -58,7 +58,7 @@ def batches(n: int, size: int) -> list[range]:
 
 
 def progress(pieces: Sequence[tuple[int, int]]) -> tqdm:
-    """A bar on the main process, over all pieces of `steps` steps for n pictures; `update` it by its own share."""
+    """A bar on the main process, over all pieces of `steps` steps for n images; `update` it by its own share."""
     state = PartialState()
     total = sum(steps * n for steps, n in pieces[:: state.num_processes])
     return tqdm(total=total, desc="evaluation", unit="step", disable=not state.is_main_process)
@@ -89,7 +89,7 @@ class Pictures:
 
 
 def diversity(latents: Tensor, prompts: Sequence[Prompt]) -> float | None:
-    """Mean distance over pairs of pictures that have a prompt in common; None where there are none."""
+    """Mean distance over pairs of images that have a prompt in common; None where there are none."""
     groups: dict[str, list[int]] = {}
     for i, prompt in enumerate(prompts):
         groups.setdefault(prompt.text, []).append(i)
@@ -207,7 +207,7 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Before and after. The first of the rewards is the one that was trained on, a second may stand beside it;
     `headline` is the sampler, and the steps, of the figures outside the grid. The grid may have fewer samples, and path
-    KL, which differs less from picture to picture than rewards do."""
+    KL, which differs less from image to image than rewards do."""
     few = grid_samples or samples
     cells = [(headline, samples), *((cell, few) for cell in grid)]
     pieces = [
@@ -256,7 +256,7 @@ def calls_of_evaluation(
 
 @dataclass(frozen=True)
 class Judged:
-    """What is left of n pictures once they are rewarded: latents, (n, C, H, W), and rewards by name, (n,)."""
+    """What is left of n images once they are rewarded: latents, (n, C, H, W), and rewards by name, (n,)."""
 
     latents: Tensor
     rewards: dict[str, Tensor]

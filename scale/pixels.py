@@ -292,7 +292,7 @@ def calls_of_evaluation(
     *, samples: int, headline: tuple[str, int], grid: Sequence[tuple[str, int]], grid_samples: int, kl_samples: int,
     batch: int,
 ) -> int:  # fmt: skip
-    """Calls of the UNets in `evaluate` with these options, each at one picture."""
+    """Calls of the UNets in `evaluate` with these options, each at one image."""
     drawn = samples * headline[1] * (len(SAMPLERS) + 1) + 2 * grid_samples * sum(n for _, n in dict.fromkeys(grid))
     return drawn + calls_of_nats(min(samples, kl_samples), KL_STEPS)
 
@@ -305,7 +305,7 @@ def rewarded(reward: Reward, images: Tensor, device: torch.device, batch: int = 
 
 
 def _gains(before: tuple[Tensor, Tensor], tuned: tuple[Tensor, Tensor], real: Moments) -> dict[str, float]:
-    """Means before and after, of paired differences, and Frechet distances, of pictures and their rewards."""
+    """Means before and after, of paired differences, and Frechet distances, of images and their rewards."""
     (_, first), (_, last) = before, tuned
     away, after = (frechet(Moments.of(features(images)), real) for images, _ in (before, tuned))
     gain = Estimate.of(last - first)

@@ -108,7 +108,7 @@ class BlackBox(Solver):
         return times
 
     def asked(self, steps: int) -> int:
-        """Network calls for a picture."""
+        """Network calls for an image."""
         return len(self._prepared(steps).timesteps)
 
     def quadrature(self, problem: Problem, times: Tensor) -> Tensor:
