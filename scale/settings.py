@@ -62,8 +62,8 @@ steps under guidance takes 2,560 passes of SD v1.5's UNet, the reference at thei
 three a node and half of guidance (forward, and backward to activations and weights), the slope of a critic two of the
 reference's; an epoch that is kept is asked anew for another 2,688. In passes per epoch of 64 images, in thousands:
 
-    actor-critic  23.7 (ctrl's own: 76.5)    policy-iteration  31.3 (1,043)    path-consistency  16.2 (866)
-    ddpo          20.8 (54.6)                q-learning        30.2 (270)      td-form           17.7 (17.7)
+    actor-critic  23.7 (ctrl's own: 76.4)    policy-iteration  31.2 (1,043)    path-consistency  16.1 (866)
+    ddpo          20.7 (54.6)                q-learning        30.2 (270)      td-form           17.7 (17.7)
     ppo           18.3 (213)                 adjoint-matching  14.1 (131)      next-value        21.8 (21.8)
     forward-matching  13.6 (169)
 
