@@ -126,7 +126,7 @@ class Job:
         s, method = Settings.read(Settings.embedded), self.method or "ddpo"  # any serves the untuned
         return replace(
             s, reward=cifar10.ENERGY, data=self.data, seed=self.seed, out=out, log_with="none", pictures_every=0,
-            algorithm=method, lr=RATE[method] if self.lr is None else self.lr,
+            algorithm=method, lr=RATE[method] if self.lr is None else self.lr, warmup=0,
             epochs=max(1, self.images // s.samples), **(LEARNED | METHODS[method]),
         )  # fmt: skip
 

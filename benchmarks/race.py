@@ -31,7 +31,7 @@ from scale.evaluate import draw, nats
 
 ADJOINT: dict[str, Any] = {
     "algorithm": "adjoint-matching", "options": ["nodes=128", "updates=6"], "beta": 0.1, "solver": "2m",
-    "grid": "log-snr", "jitter": 0.4, "micro_batch": 64,
+    "grid": "log-snr", "jitter": 0.4, "warmup": 0, "micro_batch": 64,
 }  # fmt: skip
 EPOCH = Work(samples=16, batch=16, guidance=5.0)
 
