@@ -58,7 +58,7 @@ CASES: dict[str, dict[str, Any]] = {
     "bf16, checkpointing, LoRA of rank 16": LEAN | {"lora": 16},
     "the least: checkpointing, offloaded, one image": LEAN | {
         "offload_reference": True, "samples": 2, "batch": 1, "micro_batch": 1,
-        "options": ("nodes=4", "critic_updates=1", "actor_updates=1", "keep=1"),
+        "options": ("nodes=4", "updates=1", "keep=1"),
     },
 }  # fmt: skip
 NEEDS = {"eight_bit": "bitsandbytes", "lora": "peft"}
