@@ -12,6 +12,7 @@ fit        the training loop                              algorithms  one short 
 replay     what learners see of trajectories              checkpoint  how a run goes on
 bridge     to torchsde and back                           estimate  standard errors, z-scores, orders
 lock       one run at a time in a folder                  forward   the likelihood ratio of an end, eta = 1
+decided    how much of a reward is decided by when
 """
 
 from ctrl import grids

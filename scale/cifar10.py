@@ -335,6 +335,13 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
     return tuning.Outcome(task.pipeline, found, history, s.out)
 
 
+def when_decided(settings: Settings, reward: Reward | None = None) -> Path:
+    """Before anything is trained: where along its paths is the reward decided? With the settings of a run."""
+    s = tuning.named(settings, reward).resolved()
+    accelerator = tuning.accelerator_of(s)
+    return tuning.when_decided(s, assemble(s, reward, accelerator), accelerator)
+
+
 def finish(
     s: Settings, task: Task, history: list[dict[str, Any]], accelerator: Accelerator
 ) -> Evaluation | None:  # fmt: skip
@@ -516,11 +523,11 @@ APART: dict[str, dict[str, Any]] = {
     "reward": {"algorithm": "actor-critic", "critic": "network", "options": ()}, "algorithm": {"options": ()},
 }  # fmt: skip
 """What goes with the embedded model's reward or algorithm, and not with another."""
-COMMANDS = ("finetune", "pretrain", "evaluate", "sample", "export")
+COMMANDS = ("finetune", "decided", "pretrain", "evaluate", "sample", "export")
 
 
 def main(arguments: list[str]) -> None:
-    """finetune (which may be left out), pretrain, evaluate, sample, export."""
+    """finetune (which may be left out), decided, pretrain, evaluate, sample, export."""
     command, *rest = arguments if arguments[:1] and arguments[0] in COMMANDS else ("finetune", *arguments)
     if command == "pretrain":
         pretrain(tyro.cli(Pretrain, args=rest))
@@ -530,6 +537,8 @@ def main(arguments: list[str]) -> None:
         sample(tyro.cli(Sample, args=rest))
     elif command == "export":
         export(tyro.cli(tuning.Export, args=rest))
+    elif command == "decided":
+        when_decided(tuning.settings_of(Settings, rest, APART, str(__doc__)))
     elif (s := tuning.settings_of(Settings, rest, APART, str(__doc__)).resolved()).dry_run:
         dry_run(s)
     else:

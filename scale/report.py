@@ -163,6 +163,17 @@ def samplers(rows: Sequence[dict[str, Any]]) -> str:
     return _image(_drawn(figure)) + table(rows)
 
 
+def decided(rows: Sequence[dict[str, Any]]) -> Figure:
+    """How much of the reward's variance is decided at a log-SNR, with one standard error."""
+    figure = Figure(figsize=(5, 3.2), layout="constrained")
+    ax = figure.subplots()
+    ax.errorbar([row["log_snr"] for row in rows], [row["share"] for row in rows], [row["se"] for row in rows],
+                color="#0072B2", marker="o", markersize=3.5, capsize=2)  # fmt: skip
+    ax.set(xlabel="log-SNR of the state", ylabel="decided, of the reward's variance", ylim=(-0.05, 1.05))
+    ax.grid(alpha=0.3)
+    return figure
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A line a row, under the names of the first."""
     head = "".join(f"<th>{_text(name.replace('_', ' '))}</th>" for name in rows[0])

@@ -215,6 +215,13 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     return Outcome(task.pipeline, found, history, s.out)
 
 
+def when_decided(settings: Settings, reward: Reward | None = None) -> Path:
+    """Before anything is trained: where along its paths is the reward decided? With the settings of a run."""
+    s = tuning.named(settings, reward).resolved()
+    accelerator = tuning.accelerator_of(s)
+    return tuning.when_decided(s, assemble(s, reward, accelerator), accelerator)
+
+
 def shown(s: Settings, pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> Pictures:
     """The same prompts and noise every time."""
     return draw(pipeline, prompts, range(Watch.SHOWN), "dpmsolver++", Watch.STEPS, s.guidance, s.batch)
@@ -454,22 +461,25 @@ APART: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+COMMANDS = ("train", "decided", "evaluate", "sample", "export")
+
+
 def settings_of(arguments: list[str]) -> Settings:
     """From the command line, over a file (`--config`), over what suits the machine."""
     return tuning.settings_of(Settings, arguments, APART, __doc__)
 
 
 def main(arguments: list[str]) -> None:
-    """train (which may be left out), evaluate, sample, export."""
-    command, *rest = arguments if arguments[:1] and arguments[0] in ("train", "evaluate", "sample", "export") else (
-        "train", *arguments
-    )  # fmt: skip
+    """train (which may be left out), decided, evaluate, sample, export."""
+    command, *rest = arguments if arguments[:1] and arguments[0] in COMMANDS else ("train", *arguments)
     if command == "evaluate":
         evaluate_run(tyro.cli(Evaluate, args=rest))
     elif command == "sample":
         sample(tyro.cli(Sample, args=rest))
     elif command == "export":
         export(tyro.cli(Export, args=rest))
+    elif command == "decided":
+        when_decided(settings_of(rest))
     elif (s := settings_of(rest).resolved()).dry_run:
         dry_run(s)
     else:

@@ -35,9 +35,11 @@ from accelerate import Accelerator, InitProcessGroupKwargs, cpu_offload
 from diffusers import DiffusionPipeline, ModelMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from ctrl import Solver, checkpoint
+from ctrl import Noise, Solver, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
+from ctrl.decided import completed, decided
 from ctrl.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.fields import check_fields
 from ctrl.fit import Callback, Conditions, Run, check_processes, fit
@@ -57,6 +59,10 @@ P = TypeVar("P", bound=DiffusionPipeline)
 Named = TypeVar("Named", bound="Tuning | Evaluate")
 
 # ------------------------------------------------------------------------------------------ the parts
+
+
+PLACES = 6
+"""States of a path at which it is asked how much of the reward is decided."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +384,33 @@ class Watch:
             options = {"dataformats": "NHWC"} if self.s.log_with == "tensorboard" else {}
             tracker = self.accelerator.get_tracker(self.s.log_with)
             tracker.log_images({"pictures": report.array(grid)[None]}, step=epoch, **options)
+
+
+def when_decided(s: Tuning, task: Task, accelerator: Accelerator) -> Path:
+    """How much of the reward is decided by when, of `eval_samples` images of the untuned model and their ends drawn
+    once more from PLACES of their states: a table on the screen, OUT/decided.json and OUT/decided.png."""
+    if accelerator.num_processes > 1:
+        raise ValueError("decided runs in one process: leave out accelerate launch")
+    problem, times = task.problem, task.fit.grid(task.problem, s.steps)
+    nodes = sorted({round(k) for k in torch.linspace(0, s.steps - 1, PLACES).tolist()})
+    parts = []
+    for ids in tqdm(torch.arange(s.eval_samples, device=accelerator.device).split(s.batch), "batches of images"):
+        cond = None if task.conditions is None else task.conditions(ids)
+        with accelerator.autocast():
+            parts.append(completed(problem, problem.reference, times, nodes, Noise(s.seed), ids,
+                                   solver=task.fit.solver, cond=cond).cpu())  # fmt: skip
+    found = decided(torch.cat(parts, 1))
+    log_snr = problem.noising.log_snr(problem.s(times[nodes]))
+    columns = {"step": nodes, "log_snr": log_snr.tolist(), "share": found.mean.tolist(), "se": found.stderr.tolist()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    s.out.mkdir(parents=True, exist_ok=True)
+    (s.out / "decided.json").write_text(json.dumps({"settings": s.plain(), "rows": rows}, indent=2) + "\n")
+    report.decided(rows).savefig(s.out / "decided.png", dpi=150)
+    print("step  log-SNR  of the reward's variance decided there")
+    for row in rows:
+        print(f"{row['step']:4d}  {row['log_snr']:7.2f}  {row['share']:.2f} +- {row['se']:.2f}")
+    print(f"-> {s.out / 'decided.png'}")
+    return s.out
 
 
 @dataclass(frozen=True)

@@ -808,6 +808,18 @@ def test_a_budget_wraps_the_algorithm(model, tmp_path):
     assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
 
 
+def test_where_the_reward_is_decided_is_asked_before_anything_is_trained(model, tmp_path):
+    """In batches of three as at once. The end is known better from the last state than from noise."""
+    found = []
+    for batch in (3, 64):
+        s = short(model, tmp_path / str(batch), reward="jpeg-compressibility", eval_samples=8, batch=batch, steps=6)
+        rows = json.loads((sd15.when_decided(s) / "decided.json").read_text())["rows"]
+        assert [row["step"] for row in rows] == list(range(6)) and (s.out / "decided.png").is_file()
+        found.append(torch.tensor([[row["log_snr"], row["share"], row["se"]] for row in rows]))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)
+    assert (found[0][:, 0].diff() > 0).all() and found[0][-1, 1] > found[0][0, 1] and found[0][-1, 1] > 0.9
+
+
 # the embedded model
 
 
