@@ -311,7 +311,7 @@ class Run:
             self.algorithm.learn(self)
         self._count_what_the_critic_asked()
         self.epoch += 1
-        metrics = {"epoch": self.epoch, **self.counts, **self._summary(), "seconds": time.perf_counter() - began}
+        metrics = {"epoch": self.epoch, **self.counts, **self.summary(), "seconds": time.perf_counter() - began}
         self.history.append(metrics)
         return metrics
 
@@ -655,7 +655,8 @@ class Run:
         value = torch.as_tensor(value).detach().to(self.accelerator.device, non_blocking=True, copy=True)
         self._logged.setdefault(name, []).append(self.mean_over_samples(value) if value.ndim else value)
 
-    def _summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, float]:
+        """The metrics of this epoch so far."""
         read = {name: torch.stack(values).tolist() for name, values in self._logged.items()}
         return {name: sum(values) / len(values) for name, values in read.items()}
 

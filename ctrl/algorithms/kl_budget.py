@@ -1,14 +1,17 @@
 """A KL budget: the weight beta that makes the path KL what it should be, found while another algorithm learns.
 
-For a bound E[r] max subject to KL(P || P_ref) <= nats, beta is the multiplier. At an optimum a - a_ref = R^-1 B' grad V
-with R in proportion to beta, so the KL goes about as beta^-2, and each epoch turns beta by a power of the KL measured
-over its aim (`ctrl.regularize.adapted`).
+For a bound E[r] max subject to KL(P || P_ref) <= nats, beta is the multiplier. The optimum's law is P_ref tilted by
+e^{r/beta}; where the reward is Gaussian under P_ref, with standard deviation s, its KL is s²/(2 beta²). So beta starts
+at s/sqrt(2 nats), s being the first epoch's, and a reward in other units, c r + c', is learned the same way.
 
-A policy follows with a lag, and a beta that is turned meanwhile runs far past its equilibrium. So beta is held while
-the KL, going on at its exponential rate of the last epochs, crosses its aim within `ahead` epochs. Let sqrt(KL) follow
-its equilibrium with a time constant tau > ahead. beta is lowered only where KL = e^{2u} nats, u < 0, and that rate is
-less than -2u/ahead, so where the equilibrium is less than 1 - u tau/ahead times sqrt(KL). e^u (1 - u tau/ahead) is at
-most (tau/ahead) e^{ahead/tau - 1}, which is how many times too small beta becomes (the rate being that of the moment).
+A policy follows beta with a lag. Let y = sqrt(KL/nats) go a tau-th of the way to its equilibrium beta*/beta an epoch:
+then y + tau y' = beta*/beta is known at once, from what y does, and
+
+    (log beta)' = gain (y + ahead y' - 1)
+
+comes to beta* at rate gain without running past it, if ahead is tau. For small deviations it is stable for any tau,
+and damped as (1 + gain ahead)/(2 sqrt(gain tau)). The rate of change of y adds up to y itself, and with it the error
+of each epoch's KL.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 from ctrl.algorithms.base import Around, check_noise
 from ctrl.problem import Problem, ScoreAsAction
-from ctrl.regularize import adapted
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
@@ -30,40 +32,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class KLBudget(Around):
-    """`algorithm`, learning with a beta such that the path KL comes to `nats`; the metric "beta" says which. It starts
-    from the problem's own.
+    """`algorithm`, learning with a beta such that the path KL comes to `nats`; the metric "beta" says which. If all
+    rewards of the first epoch are the same, it starts from the problem's own.
 
     Attributes:
-        gain: beta is multiplied by (KL/nats)^gain an epoch.
-        limit: at most by this, or its inverse.
-        ahead: beta is held while the KL is to cross `nats` within so many epochs.
+        gain: of the difference between sqrt(KL/nats) and 1, what goes to log beta in an epoch.
+        limit: beta is multiplied at most by this in an epoch, or by its inverse.
+        ahead: epochs that a policy is taken to need to follow beta.
     """
 
     nats: float
-    gain: float = 0.2
-    limit: float = 1.2
-    ahead: int = 10
+    gain: float = 0.3
+    limit: float = 1.5
+    ahead: int = 5
 
     def learn(self, run: Run) -> None:
         given = run.problem
         assert isinstance(given, ScoreAsAction)
-        run.problem = replace(given, beta=self.beta(given.beta, run.history))
+        run.problem = replace(given, beta=self.beta(run.history, run.summary()["reward_std"]) or given.beta)
         run.log("beta", run.problem.beta)
         try:
             self.algorithm.learn(run)
         finally:
             run.problem = given
 
-    def beta(self, start: float, history: Sequence[dict[str, Any]]) -> float:
-        """beta after the epochs of `history`. The first KL, and one of 0, are of a policy that has not learned yet."""
-        measured = [epoch["kl"] for epoch in history if "kl" in epoch][1:]
-        excess = [math.log(kl) - math.log(self.nats) for kl in measured if kl > 0]
-        for i, now in enumerate(excess[1:], 1):
-            n = min(i, self.ahead)
-            then = now + self.ahead * (now - excess[i - n]) / n
-            if now * then >= 0:
-                start = adapted(start, [self.nats * math.exp(now)], self.nats, self.gain, self.limit)
-        return start
+    def beta(self, history: Sequence[dict[str, Any]], spread: float) -> float:
+        """beta after the epochs of `history`; without any, from the standard deviation of rewards."""
+        learned = [epoch for epoch in history if "kl" in epoch]
+        if not learned:
+            return spread / math.sqrt(2 * self.nats)
+        y = [math.sqrt(epoch["kl"] / self.nats) for epoch in learned[-2:]]
+        turn = self.gain * (y[0] + self.ahead * (y[-1] - y[0]) - 1) if len(y) > 1 else 0.0
+        most = math.log(self.limit)
+        return float(learned[-1]["beta"] * math.exp(min(max(turn, -most), most)))
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not isinstance(problem, ScoreAsAction) or problem.beta == 0:
