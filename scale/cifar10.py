@@ -329,6 +329,7 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
             return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
 
         history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
+        tuning.arrive(s, task, accelerator, pixels.KL_STEPS)
         found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -435,7 +436,8 @@ def needs(s: Settings, accelerator: Accelerator) -> str:
     differentiable = learned or tuning.differentiable(s)
     return requirements.text(
         s, outline, partial(parts, s, learned, differentiable), accelerator, differentiable=differentiable, others={},
-        evaluation=pixels.calls_of_evaluation(**plan_of_evaluation(s)) if s.eval else 0,
+        evaluation=(pixels.calls_of_evaluation(**plan_of_evaluation(s)) if s.eval else 0)
+        + tuning.calls_of_arrival(s, pixels.KL_STEPS),
     )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
@@ -179,6 +180,20 @@ class Score(nn.Module):
         if getattr(self.unet, "peft_config", None):
             return Score(WithoutAdapters(self.unet), self.noising, self.prediction, self.guidance, self.clip)
         return copy.deepcopy(self).requires_grad_(False)
+
+    @torch.no_grad()
+    def stretch(self, reference: Score, ratio: float) -> None:
+        """Go on with the weights, w_ref + ratio (w - w_ref), in place; the reference's may be offloaded. Adapters
+        begin with a product B A of zero, and their B is what goes on."""
+        if isinstance(reference.unet, WithoutAdapters):
+            for name, p in self.unet.named_parameters():
+                if "lora_B" in name:
+                    p.mul_(ratio)
+            return
+        for module, before in zip(self.unet.modules(), reference.unet.modules(), strict=True):
+            with align_module_device(before):
+                for p, p_ref in zip(module.parameters(False), before.parameters(False), strict=True):
+                    p.copy_(torch.lerp(p_ref.to(p), p, ratio))
 
     @property
     def error_gain(self) -> float:

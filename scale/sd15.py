@@ -209,6 +209,7 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
             say_left_out(s, task.eval_prompts)
         watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
         history = tuning.learn(s, task, accelerator, watch)
+        tuning.arrive(s, task, accelerator, s.eval_headline)
         found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()
         accelerator.end_training()
@@ -360,7 +361,8 @@ def needs(s: Settings, prompts: int, accelerator: Accelerator) -> str:
     gradient = tuning.differentiable(s)
     return requirements.text(
         s, outline, partial(parts, s, gradient), accelerator, differentiable=gradient, others=others,
-        evaluation=calls_of_evaluation(outline, **plan_of_evaluation(s)) if s.eval else 0,
+        evaluation=(calls_of_evaluation(outline, **plan_of_evaluation(s)) if s.eval else 0)
+        + tuning.calls_of_arrival(s, s.eval_headline) * (1 if s.guidance == 1 else 2),
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ from datetime import timedelta
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import diffusers
 import torch
@@ -50,6 +50,7 @@ from ctrl.stops import RunFailed
 from ctrl.value import Critic
 from scale import report
 from scale.diffusion import Score, problem
+from scale.evaluate import calls_of_nats, nats
 from scale.rewards import Patient, Reward, built_in, full_name, has_gradient, reward_of
 from scale.samplers import BlackBox, sampler
 from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
@@ -61,6 +62,9 @@ Named = TypeVar("Named", bound="Tuning | Evaluate")
 # ------------------------------------------------------------------------------------------ the parts
 
 
+FURTHEST, NEAR, MEASURED, TINY = 1.5, 0.02, 6, 1e-12
+"""Of `arrive`: times what was learned, beyond which a line says little about what more training would do; how near the
+KL is to come, relative to its aim, after how many measurements at most; and the least KL that has a logarithm."""
 PLACES = 6
 """States of a path at which it is asked how much of the reward is decided."""
 
@@ -70,7 +74,7 @@ class Task:
     """What `ctrl.fit` is handed. The learner is the policy, or for q-learning the policy and its noise."""
 
     problem: ScoreAsAction
-    policy: nn.Module
+    policy: Score
     learner: nn.Module
     algorithm: Algorithm
     critic: Critic | None
@@ -329,6 +333,35 @@ def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback)
     for p in task.learner.parameters():
         p.grad = None
     return result.history
+
+
+def arrive(s: Tuning, task: Task, accelerator: Accelerator, steps: int) -> None:
+    """Bring what was learned to the KL that was asked for, along the line from the untuned weights through it. There
+    the KL goes as the square of the way at first, then by a power that the last two measurements tell. `steps` of Heun
+    measure it, on `eval_kl_samples` images."""
+    if s.kl is None:
+        return
+    reference, conditions = cast(Score, task.problem.reference), task.conditions or (lambda ids: None)
+    way, power, known = 1.0, 2.0, list[tuple[float, float]]()
+    for _ in range(MEASURED):
+        kl = float(nats(task.problem, task.policy, conditions, s.eval_kl_samples, steps, s.batch).mean)
+        if abs(kl / s.kl - 1) < NEAR or (way == FURTHEST and kl < s.kl):
+            break
+        known.append((math.log(way), math.log(max(kl, TINY))))
+        if len(known) > 1:
+            (w0, k0), (w1, k1) = known[-2:]
+            power = min(max((k1 - k0) / (w1 - w0), 0.3), 3.0)
+        wanted = min(way * (s.kl / max(kl, TINY)) ** (1 / power), FURTHEST)
+        task.policy.stretch(reference, wanted / way)
+        way = wanted
+    accelerator.print(f"to come to a path KL of {s.kl:g} nats, what was learned is taken {way:.2f} times")
+    if way == FURTHEST:
+        accelerator.print(f"warning: the KL stays below kl = {s.kl:g}: more epochs or a larger lr would use it")
+
+
+def calls_of_arrival(s: Tuning, steps: int) -> int:
+    """Network calls of `arrive`, each at one state, where its second measurement finds it there."""
+    return 0 if s.kl is None else 2 * calls_of_nats(s.eval_kl_samples, steps)
 
 
 def untuned(pipeline: P, reference: Score) -> P:

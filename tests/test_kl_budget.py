@@ -33,16 +33,16 @@ def test_beta_starts_where_the_tilt_by_a_gaussian_reward_has_the_budget(spread, 
 
 
 def test_a_policy_that_follows_as_expected_is_left_alone():
-    """At beta* sqrt(KL) goes a fifth of the way each epoch, and beta stays at beta* from the first one to the last."""
+    """At beta* sqrt(KL) goes a quarter of the way each epoch, and beta stays at beta* from the first one to the last."""
     betas, kl = run(BUDGET.ahead, 1.0, 40)
     assert betas == pytest.approx([1.0] * 40) and kl[-1] == pytest.approx(1.0, abs=2e-3)
 
 
 @given(st.floats(2, 40), st.floats(1, 10), st.floats(1e-3, 1e3))
-def test_a_kl_on_its_way_up_runs_past_its_aim_by_three_quarters_at_most(tau, start, nats):
-    """From a beta that is not too small: 1.14 times at tau = 10, 1.74 at 40."""
+def test_a_kl_on_its_way_up_runs_past_its_aim_by_less_than_its_aim(tau, start, nats):
+    """From a beta that is not too small: to 1.2 times at tau = 10, 1.8 at 40."""
     _, kl = run(tau, start, round(60 + 5 * tau), nats=nats)
-    assert max(kl) <= 1.75 * nats
+    assert max(kl) <= 2 * nats
 
 
 @given(st.floats(2, 40), st.floats(0.1, 30), st.sampled_from([0.0, 0.14]), st.integers(0, 99))

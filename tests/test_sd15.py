@@ -808,6 +808,29 @@ def test_a_budget_wraps_the_algorithm(model, tmp_path):
     assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
 
 
+@pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"offload_reference": True}], ids=str)
+def test_what_is_saved_has_the_kl_that_was_asked_for(changes, model, tmp_path):
+    """The evaluation measures it on the same samples."""
+    options = {"eval_kl_samples": 8, "eval_samples": 8, "eval_headline": 5, "eval_steps": (), "warmup": 0,
+               "prompts": "shapes-doubtful"}  # fmt: skip
+    free = train(short(model, tmp_path / "free", **options, **changes)).evaluation.path_kl
+    found = train(short(model, tmp_path / "run", kl=free / 2, **options, **changes))
+    assert found.evaluation.path_kl == pytest.approx(free / 2, rel=0.02)
+
+
+def test_stretching_goes_on_along_the_line(model):
+    pipeline = models.load(str(model))
+    policy = tuning.Score.of(pipeline)
+    reference = policy.frozen()
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    learned = [p.clone() for p in policy.parameters()]
+    policy.stretch(reference, 0.5)
+    for p, p_ref, was in zip(policy.parameters(), reference.parameters(), learned, strict=True):
+        torch.testing.assert_close(p, (p_ref + was) / 2)
+
+
 def test_where_the_reward_is_decided_is_asked_before_anything_is_trained(model, tmp_path):
     """In batches of three as at once. The end is known better from the last state than from noise."""
     found = []

@@ -5,18 +5,22 @@ import json
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler
+from hypothesis import example, given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ctrl import DDIM, Heun, checkpoint
+from ctrl import DDIM, Estimate, Heun, checkpoint
 from ctrl.algorithms import NextValue, PPOPenalty, TDForm
 from ctrl.guards import Guards
 from scale import report, tuning
+from scale.evaluate import calls_of_nats
 from scale.samplers import BlackBox
 from scale.settings import EMBEDDED, FREE, LIMITS, Settings, Tuning
 
@@ -366,3 +370,37 @@ def test_help_names_the_file_and_every_option(capsys):
     for name, option in (("actor-critic", "keep=4"), ("ddpo", "clip=0.9"), ("adjoint-matching", "lean=True")):
         assert option in said
         tuning.algorithm_of(Mine(algorithm=name, options=(option.replace("True", "true"),), solver="ddim"), True)
+
+
+class Line:
+    """In place of a policy: how far along the line its weights are."""
+
+    way = 1.0
+
+    def stretch(self, reference, ratio):
+        self.way *= ratio
+
+
+@example(power=2.0, learned=4.0)
+@given(power=st.floats(0.5, 2.5), learned=st.floats(0.1, 20))
+def test_what_is_saved_comes_to_the_kl_that_was_asked_for(power, learned):
+    """Along a line on which the KL goes as a power of the way, from 1 nat; what was not learned is not made up."""
+    line, asked = Line(), []
+
+    def nats(problem, policy, conditions, samples, steps, batch):
+        asked.append((samples, steps))
+        return Estimate(torch.tensor(learned * policy.way**power), torch.tensor(0.0), samples)
+
+    task = SimpleNamespace(problem=SimpleNamespace(reference=None), policy=line, conditions=None)
+    s = Mine(kl=1.0, eval_kl_samples=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "nats", nats)
+        tuning.arrive(s, task, SimpleNamespace(print=str), 5)
+        tuning.arrive(Mine(), task, SimpleNamespace(print=str), 5)  # without a budget there is nothing to come to
+    assert set(asked) == {(7, 5)} and len(asked) <= tuning.MEASURED
+    if learned * tuning.FURTHEST**power < 1:
+        assert line.way == pytest.approx(tuning.FURTHEST)
+    else:
+        assert learned * line.way**power == pytest.approx(1, rel=tuning.NEAR)
+    if power == 2:
+        assert len(asked) == 2 and tuning.calls_of_arrival(s, 5) == 2 * calls_of_nats(7, 5)

@@ -42,9 +42,9 @@ class KLBudget(Around):
     """
 
     nats: float
-    gain: float = 0.3
+    gain: float = 0.5
     limit: float = 1.5
-    ahead: int = 5
+    ahead: int = 4
 
     def learn(self, run: Run) -> None:
         given = run.problem
