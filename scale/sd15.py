@@ -458,7 +458,10 @@ def sample(o: Sample) -> Path:
 
 
 APART: dict[str, dict[str, Any]] = {
-    "reward": {"algorithm": "forward-matching", "critic": "network", "options": (), "other_reward": None},
+    "reward": {
+        "algorithm": "forward-matching", "critic": "network", "options": (), "other_reward": None, "kl": 2.0,
+        "ema": 0.97,
+    },
     "algorithm": {"options": ()}, "prompts": {"eval_prompts": None},
 }  # fmt: skip
 

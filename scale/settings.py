@@ -52,7 +52,7 @@ ALGORITHMS: dict[str, Algorithm] = {
     "q-learning": QLearning(critic_updates=16, q_updates=8, nodes=128),
     "adjoint-matching": AdjointMatching(updates=8, nodes=128),
     "forward-matching": ForwardMatching(
-        updates=8, nodes=128, keep=4, target="anchored", weight="x0hat", damping=3.0, hold=0.0, critic_updates=0
+        updates=8, nodes=128, keep=12, target="anchored", weight="x0hat", damping=3.0, hold=0.0, critic_updates=0
     ),
     "td-form": TDForm(evaluation=_CRITIC),
     "next-value": NextValue(evaluation=_CRITIC),

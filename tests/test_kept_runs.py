@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import algorithms, cifar10, critics, pictures, race, report, sd_tiny, throughput
-from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, NextValue, TDForm
+from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, KLBudget, NextValue, TDForm
 from scale import tuning
 from scale.settings import Settings
 
@@ -221,8 +221,18 @@ def test_the_methods_that_are_compared_are_those_of_the_committed_results():
     assert found == {
         "actor-critic": ActorCritic(critic_updates=40, actor_updates=6, nodes=128, keep=3, trace=3.0, nats=1.0),
         "adjoint-matching": AdjointMatching(updates=6, nodes=128, lean=True),
-        "forward-matching": ForwardMatching(
-            updates=8, nodes=128, keep=4, target="anchored", weight="x0hat", damping=3.0, hold=0.0, critic_updates=0
+        "forward-matching": KLBudget(
+            ForwardMatching(
+                updates=8,
+                nodes=128,
+                keep=12,
+                target="anchored",
+                weight="x0hat",
+                damping=3.0,
+                hold=0.0,
+                critic_updates=0,
+            ),
+            nats=2.0,
         ),
         "ddpo": DDPO(passes=2, nodes=64, clip=0.2, group=4),
     }

@@ -33,7 +33,7 @@ def test_beta_starts_where_the_tilt_by_a_gaussian_reward_has_the_budget(spread, 
 
 
 def test_a_policy_that_follows_as_expected_is_left_alone():
-    """At beta* sqrt(KL) goes a quarter of the way each epoch, and beta stays at beta* from the first one to the last."""
+    """At beta* sqrt(KL) goes a quarter of the way each epoch, and beta stays at beta* from first to last."""
     betas, kl = run(BUDGET.ahead, 1.0, 40)
     assert betas == pytest.approx([1.0] * 40) and kl[-1] == pytest.approx(1.0, abs=2e-3)
 
