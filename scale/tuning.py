@@ -62,7 +62,7 @@ Named = TypeVar("Named", bound="Tuning | Evaluate")
 # ------------------------------------------------------------------------------------------ the parts
 
 
-FURTHEST, NEAR, MEASURED, TINY = 1.5, 0.02, 6, 1e-12
+FURTHEST, NEAR, MEASURED, TINY = 2.0, 0.02, 6, 1e-12
 """Of `arrive`: times what was learned, beyond which a line says little about what more training would do; how near the
 KL is to come, relative to its aim, after how many measurements at most; and the least KL that has a logarithm."""
 PLACES = 6
