@@ -4,6 +4,7 @@
                                                                  small embedded model, at 10 steps, towards a class
     python scale/cifar10.py --reward energy --data data --download     towards the data themselves (DxMI's loop)
     python scale/cifar10.py --algorithm next-value                     its discrete value form; td-form, ddpo
+    python scale/cifar10.py decided --reward mine:reward               where along its paths the reward is decided
     python scale/cifar10.py pretrain --data mine                       a model of one's own pictures, from nothing
     python scale/cifar10.py evaluate --run runs/cifar10 --samples 10000
     python scale/cifar10.py sample --run runs/cifar10
@@ -539,12 +540,10 @@ def main(arguments: list[str]) -> None:
         sample(tyro.cli(Sample, args=rest))
     elif command == "export":
         export(tyro.cli(tuning.Export, args=rest))
-    elif command == "decided":
-        when_decided(tuning.settings_of(Settings, rest, APART, str(__doc__)))
-    elif (s := tuning.settings_of(Settings, rest, APART, str(__doc__)).resolved()).dry_run:
-        dry_run(s)
     else:
-        train(s)
+        s = tuning.settings_of(Settings, rest, APART, str(__doc__)).resolved()
+        does = dry_run if s.dry_run else when_decided if command == "decided" else train
+        does(s)
 
 
 if __name__ == "__main__":

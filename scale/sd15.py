@@ -3,6 +3,7 @@
     python scale/sd15.py                                      SD v1.5 where there is CUDA, else the small embedded model
     python scale/sd15.py --reward pickscore --prompts my.txt --kl 20
     python scale/sd15.py --config mine.yaml --dry-run         what a file of settings comes to, and what it would need
+    python scale/sd15.py decided --reward mine:reward         where along its paths the reward is decided, before training
     python scale/sd15.py evaluate --run runs/sd15             what a run gained, by other samplers, steps, prompts
     python scale/sd15.py sample --run runs/sd15 --prompts "a fox"
     python scale/sd15.py export --run runs/sd15               the pipeline of its best checkpoint
@@ -483,12 +484,10 @@ def main(arguments: list[str]) -> None:
         sample(tyro.cli(Sample, args=rest))
     elif command == "export":
         export(tyro.cli(Export, args=rest))
-    elif command == "decided":
-        when_decided(settings_of(rest))
-    elif (s := settings_of(rest).resolved()).dry_run:
-        dry_run(s)
     else:
-        train(s)
+        s = settings_of(rest).resolved()
+        does = dry_run if s.dry_run else when_decided if command == "decided" else train
+        does(s)
 
 
 if __name__ == "__main__":

@@ -539,7 +539,8 @@ class Export:
     run: Path
     """The run's folder."""
     epoch: int | None = None
-    """Of the checkpoint; by default the best of those kept, by reward less beta KL."""
+    """Of the checkpoint, as it is, whatever kl was asked for; by default the best of those kept, by reward less beta
+    KL."""
 
     def __post_init__(self) -> None:
         check_fields(self, {"epoch": ">= 1"})
