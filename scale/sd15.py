@@ -3,7 +3,7 @@
     python scale/sd15.py                                      SD v1.5 where there is CUDA, else the small embedded model
     python scale/sd15.py --reward pickscore --prompts my.txt --kl 20
     python scale/sd15.py --config mine.yaml --dry-run         what a file of settings comes to, and what it would need
-    python scale/sd15.py decided --reward mine:reward         where along its paths the reward is decided, before training
+    python scale/sd15.py decided --reward mine:reward         where along its paths the reward is decided, first of all
     python scale/sd15.py evaluate --run runs/sd15             what a run gained, by other samplers, steps, prompts
     python scale/sd15.py sample --run runs/sd15 --prompts "a fox"
     python scale/sd15.py export --run runs/sd15               the pipeline of its best checkpoint

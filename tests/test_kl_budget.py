@@ -1,13 +1,19 @@
 """ctrl/algorithms/kl_budget.py: a beta that finds its KL, and waits for a policy that is slow to follow."""
 
+import dataclasses
 import math
 import random
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrl.algorithms import ActorCritic, KLBudget
+from ctrl.algorithms import ActorCritic, ForwardMatching, KLBudget
+from ctrl.fit import Settings, fit
+from toy import catalogue
+from toy.networks import Policy
 
 BUDGET = KLBudget(ActorCritic(), nats=1.0)
 
@@ -67,3 +73,20 @@ def test_beta_is_turned_at_most_by_the_limit_and_held_while_nothing_is_known():
     assert BUDGET.beta([{}, {"beta": 2.0, "kl": 7.0}], 5.0) == 2.0  # one KL: no rate yet
     assert BUDGET.beta([{"beta": 2.0, "kl": 1.0}, {}, {"beta": 2.0, "kl": 1e9}], 5.0) == pytest.approx(2 * BUDGET.limit)
     assert BUDGET.beta([{"beta": 2.0, "kl": 9.0}, {"beta": 2.0, "kl": 0.0}], 5.0) == pytest.approx(2 / BUDGET.limit)
+
+
+def test_a_reward_in_other_units_is_learned_the_same_way():
+    """64 r, but for rounding, where Adam's eps is nothing beside any gradient; beta is 64 times as large."""
+    made, exact = [], catalogue.get("mixture-2d").problem
+    for unit in (1.0, 64.0):
+        problem = dataclasses.replace(exact, reward=lambda x, cond, unit=unit: unit * exact.reward(x, cond))
+        torch.manual_seed(0)
+        policy = Policy(problem, 8)
+        learner = ForwardMatching(updates=3, nodes=32, target="anchored", damping=1.0, hold=0.0, critic_updates=0)
+        optimizer = partial(torch.optim.Adam, eps=1e-300)
+        settings = Settings(epochs=4, samples=16, steps=5, optimizer=optimizer, progress=False)
+        history = fit(problem, policy, KLBudget(learner, 0.1), settings=settings).history
+        made.append((policy, [epoch["kl"] for epoch in history], [epoch["beta"] / unit for epoch in history]))
+    (policy, kl, beta), (other, kl_64, beta_64) = made
+    assert kl_64 == pytest.approx(kl, rel=1e-5) and beta_64 == pytest.approx(beta, rel=1e-5) and len(set(kl)) > 2
+    torch.testing.assert_close(list(other.parameters()), list(policy.parameters()))
