@@ -339,6 +339,8 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
 
 def when_decided(settings: Settings, reward: Reward | None = None) -> Path:
     """Before anything is trained: where along its paths is the reward decided? With the settings of a run."""
+    if settings.reward == ENERGY and reward is None:
+        raise ValueError("reward must be another than energy for decided: the energy is learned while a run goes on")
     s = tuning.named(settings, reward).resolved()
     accelerator = tuning.accelerator_of(s)
     return tuning.when_decided(s, assemble(s, reward, accelerator), accelerator)
