@@ -73,13 +73,13 @@ REWARDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 METHODS: dict[str, dict[str, Any]] = {
     "actor-critic": {
-        "algorithm": "actor-critic", "critic": "network", "pretrain": 8, "warmup": 0,
+        "algorithm": "actor-critic", "critic": "network", "pretrain": 8,
         "options": ("nodes=128", "critic_updates=40", "actor_updates=6", "keep=3", "nats=1"),
     },
-    "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=128", "updates=6"), "warmup": 0},
-    "forward-matching": {"algorithm": "forward-matching", "options": (), "kl": 2.0, "ema": 0.97},
+    "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=128", "updates=6")},
+    "forward-matching": {"algorithm": "forward-matching", "options": (), "kl": 2.0, "ema": 0.97, "warmup": 3},
     "ddpo": {
-        "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4, "warmup": 0,
+        "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4,
         "options": ("nodes=64", "group=4", "passes=2", "clip=0.2"),
     },
 }  # fmt: skip

@@ -525,7 +525,8 @@ def sample(o: Sample) -> Path:
 
 
 APART: dict[str, dict[str, Any]] = {
-    "reward": {"algorithm": "actor-critic", "critic": "network", "options": ()}, "algorithm": {"options": ()},
+    "reward": {"algorithm": "actor-critic", "critic": "network", "options": (), "warmup": 3},
+    "algorithm": {"options": (), "warmup": 3},
 }  # fmt: skip
 """What goes with the embedded model's reward or algorithm, and not with another."""
 COMMANDS = ("finetune", "decided", "pretrain", "evaluate", "sample", "export")

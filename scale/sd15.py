@@ -461,9 +461,9 @@ def sample(o: Sample) -> Path:
 APART: dict[str, dict[str, Any]] = {
     "reward": {
         "algorithm": "forward-matching", "critic": "network", "options": (), "other_reward": None, "kl": 2.0,
-        "ema": 0.97,
+        "ema": 0.97, "warmup": 3,
     },
-    "algorithm": {"options": ()}, "prompts": {"eval_prompts": None},
+    "algorithm": {"options": (), "warmup": 3}, "prompts": {"eval_prompts": None},
 }  # fmt: skip
 
 
