@@ -815,7 +815,7 @@ def test_what_is_saved_has_the_kl_that_was_asked_for(changes, model, tmp_path):
                "prompts": "shapes-doubtful"}  # fmt: skip
     free = train(short(model, tmp_path / "free", **options, **changes)).evaluation.path_kl
     found = train(short(model, tmp_path / "run", kl=free / 2, **options, **changes))
-    assert found.evaluation.path_kl == pytest.approx(free / 2, rel=0.02)
+    assert found.evaluation.path_kl == pytest.approx(free / 2, rel=0.05)
 
 
 def test_stretching_goes_on_along_the_line(model):
