@@ -808,7 +808,9 @@ def test_a_budget_wraps_the_algorithm(model, tmp_path):
     assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
 
 
-@pytest.mark.parametrize("changes", [{}, {"lora": 2}, {"offload_reference": True}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"lora": 2}, pytest.param({"offload_reference": True}, marks=pytest.mark.long)], ids=str
+)
 def test_what_is_saved_has_the_kl_that_was_asked_for(changes, model, tmp_path):
     """The evaluation measures it on the same samples."""
     options = {"eval_kl_samples": 8, "eval_samples": 8, "eval_headline": 5, "eval_steps": (), "warmup": 0,
