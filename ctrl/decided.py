@@ -30,7 +30,7 @@ from ctrl.solvers import Solver
 
 
 @torch.no_grad()
-def completed(
+def complete(
     problem: Problem,
     policy: Mean,
     times: Tensor,
@@ -51,8 +51,8 @@ def completed(
     return torch.stack(rewards)
 
 
-def decided(rewards: Tensor) -> Estimate:
-    """Var V(t, X_t)/Var r at the nodes, (K,), from what `completed` gives.
+def decided_share(rewards: Tensor) -> Estimate:
+    """Var V(t, X_t)/Var r at the nodes, (K,), from what `complete` returns.
 
     With m the mean of r and r', c = (r - m)(r' - m) and v = ½ (r - m)² + ½ (r' - m)² the share is E c/E v, and its
     standard error that of the mean of (c - share v)/E v.
@@ -61,7 +61,7 @@ def decided(rewards: Tensor) -> Estimate:
     m = (first + again).mean(1, keepdim=True) / 2
     c, v = (first - m) * (again - m), ((first - m).square() + (again - m).square()) / 2
     if not bool((v > 0).any(1).all()):
-        raise ValueError("rewards are all the same: there is nothing to be decided")
+        raise ValueError("rewards must vary: all completions have the same reward")
     share = c.sum(1) / v.sum(1)
     error = Estimate.of(((c - share[:, None] * v) / v.mean(1, keepdim=True)).T)
     return Estimate(share, error.stderr, error.n)

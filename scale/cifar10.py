@@ -330,20 +330,22 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
             return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
 
         history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
-        tuning.arrive(s, task, accelerator, pixels.KL_STEPS)
+        tuning.match_kl(s, task, accelerator, pixels.KL_STEPS)
         found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return tuning.Outcome(task.pipeline, found, history, s.out)
 
 
-def when_decided(settings: Settings, reward: Reward | None = None) -> Path:
-    """Before anything is trained: where along its paths is the reward decided? With the settings of a run."""
+def measure_decided(settings: Settings, reward: Reward | None = None) -> Path:
+    """Measure, before training and with a run's settings, where along the paths the reward is decided."""
     if settings.reward == ENERGY and reward is None:
-        raise ValueError("reward must be another than energy for decided: the energy is learned while a run goes on")
+        raise ValueError(
+            "decided does not support reward = energy, which is learned during the run: name another reward"
+        )
     s = tuning.named(settings, reward).resolved()
     accelerator = tuning.accelerator_of(s)
-    return tuning.when_decided(s, assemble(s, reward, accelerator), accelerator)
+    return tuning.measure_decided(s, assemble(s, reward, accelerator), accelerator)
 
 
 def finish(
@@ -440,7 +442,7 @@ def needs(s: Settings, accelerator: Accelerator) -> str:
     return requirements.text(
         s, outline, partial(parts, s, learned, differentiable), accelerator, differentiable=differentiable, others={},
         evaluation=(pixels.calls_of_evaluation(**plan_of_evaluation(s)) if s.eval else 0)
-        + tuning.calls_of_arrival(s, pixels.KL_STEPS),
+        + tuning.calls_of_match_kl(s, pixels.KL_STEPS),
     )  # fmt: skip
 
 
@@ -545,7 +547,7 @@ def main(arguments: list[str]) -> None:
         export(tyro.cli(tuning.Export, args=rest))
     else:
         s = tuning.settings_of(Settings, rest, APART, str(__doc__)).resolved()
-        does = dry_run if s.dry_run else when_decided if command == "decided" else train
+        does = dry_run if s.dry_run else measure_decided if command == "decided" else train
         does(s)
 
 

@@ -163,7 +163,7 @@ def samplers(rows: Sequence[dict[str, Any]]) -> str:
     return _image(_drawn(figure)) + table(rows)
 
 
-def decided(rows: Sequence[dict[str, Any]]) -> Figure:
+def plot_decided(rows: Sequence[dict[str, Any]]) -> Figure:
     """How much of the reward's variance is decided at a log-SNR, with one standard error."""
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     ax = figure.subplots()

@@ -210,18 +210,18 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
             say_left_out(s, task.eval_prompts)
         watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
         history = tuning.learn(s, task, accelerator, watch)
-        tuning.arrive(s, task, accelerator, s.eval_headline)
+        tuning.match_kl(s, task, accelerator, s.eval_headline)
         found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()
         accelerator.end_training()
     return Outcome(task.pipeline, found, history, s.out)
 
 
-def when_decided(settings: Settings, reward: Reward | None = None) -> Path:
-    """Before anything is trained: where along its paths is the reward decided? With the settings of a run."""
+def measure_decided(settings: Settings, reward: Reward | None = None) -> Path:
+    """Measure, before training and with a run's settings, where along the paths the reward is decided."""
     s = tuning.named(settings, reward).resolved()
     accelerator = tuning.accelerator_of(s)
-    return tuning.when_decided(s, assemble(s, reward, accelerator), accelerator)
+    return tuning.measure_decided(s, assemble(s, reward, accelerator), accelerator)
 
 
 def shown(s: Settings, pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt]) -> Pictures:
@@ -363,7 +363,7 @@ def needs(s: Settings, prompts: int, accelerator: Accelerator) -> str:
     return requirements.text(
         s, outline, partial(parts, s, gradient), accelerator, differentiable=gradient, others=others,
         evaluation=(calls_of_evaluation(outline, **plan_of_evaluation(s)) if s.eval else 0)
-        + tuning.calls_of_arrival(s, s.eval_headline) * (1 if s.guidance == 1 else 2),
+        + tuning.calls_of_match_kl(s, s.eval_headline) * (1 if s.guidance == 1 else 2),
     )  # fmt: skip
 
 
@@ -463,7 +463,7 @@ APART: dict[str, dict[str, Any]] = {
         "algorithm": "forward-matching", "critic": "network", "options": (), "other_reward": None, "kl": 2.0,
         "ema": 0.97, "warmup": 3,
     },
-    "algorithm": {"options": (), "warmup": 3}, "prompts": {"eval_prompts": None},
+    "algorithm": {"options": (), "warmup": 3}, "prompts": {"eval_prompts": None}, "beta": {"kl": None},
 }  # fmt: skip
 
 
@@ -486,7 +486,7 @@ def main(arguments: list[str]) -> None:
         export(tyro.cli(Export, args=rest))
     else:
         s = settings_of(rest).resolved()
-        does = dry_run if s.dry_run else when_decided if command == "decided" else train
+        does = dry_run if s.dry_run else measure_decided if command == "decided" else train
         does(s)
 
 

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from ctrl import Noise, Solver, checkpoint
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
-from ctrl.decided import completed, decided
+from ctrl.decided import complete, decided_share
 from ctrl.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.fields import check_fields
 from ctrl.fit import Callback, Conditions, Run, check_processes, fit
@@ -62,11 +62,11 @@ Named = TypeVar("Named", bound="Tuning | Evaluate")
 # ------------------------------------------------------------------------------------------ the parts
 
 
-FURTHEST, NEAR, MEASURED, TINY = 2.0, 0.02, 6, 1e-12
-"""Of `arrive`: times what was learned, beyond which a line says little about what more training would do; how near the
-KL is to come, relative to its aim, after how many measurements at most; and the least KL that has a logarithm."""
-PLACES = 6
-"""States of a path at which it is asked how much of the reward is decided."""
+MAX_STRETCH, KL_TOLERANCE, MAX_MEASUREMENTS, MIN_KL = 2.0, 0.02, 6, 1e-12
+"""Of `match_kl`: the largest factor on the learned change of weights; the relative error of the KL that ends the
+search; how often the KL is measured; the smallest KL whose logarithm is taken."""
+DECIDED_NODES = 6
+"""States per path at which `measure_decided` draws a second completion."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -335,32 +335,33 @@ def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback)
     return result.history
 
 
-def arrive(s: Tuning, task: Task, accelerator: Accelerator, steps: int) -> None:
-    """Bring what was learned to the KL that was asked for, along the line from the untuned weights through it. There
-    the KL goes as the square of the way at first, then by a power that the last two measurements tell. `steps` of Heun
-    measure it, on `eval_kl_samples` images."""
+def match_kl(s: Tuning, task: Task, accelerator: Accelerator, steps: int) -> None:
+    """Scale the learned change of weights so that the path KL is `s.kl`, measured by `steps` of Heun on
+    `eval_kl_samples` images. KL ~ scale^power, with power 2 for small changes, then the secant in logarithms."""
     if s.kl is None:
         return
     reference, conditions = cast(Score, task.problem.reference), task.conditions or (lambda ids: None)
-    way, power, known = 1.0, 2.0, list[tuple[float, float]]()
-    for _ in range(MEASURED):
+    scale, power, known = 1.0, 2.0, list[tuple[float, float]]()
+    for _ in range(MAX_MEASUREMENTS):
         kl = float(nats(task.problem, task.policy, conditions, s.eval_kl_samples, steps, s.batch).mean)
-        if abs(kl / s.kl - 1) < NEAR or (way == FURTHEST and kl < s.kl):
+        if abs(kl / s.kl - 1) < KL_TOLERANCE or (scale == MAX_STRETCH and kl < s.kl):
             break
-        known.append((math.log(way), math.log(max(kl, TINY))))
+        known.append((math.log(scale), math.log(max(kl, MIN_KL))))
         if len(known) > 1:
             (w0, k0), (w1, k1) = known[-2:]
             power = min(max((k1 - k0) / (w1 - w0), 0.3), 3.0)
-        wanted = min(way * (s.kl / max(kl, TINY)) ** (1 / power), FURTHEST)
-        task.policy.stretch(reference, wanted / way)
-        way = wanted
-    accelerator.print(f"to come to a path KL of {s.kl:g} nats, what was learned is taken {way:.2f} times")
-    if way == FURTHEST:
-        accelerator.print(f"warning: the KL stays below kl = {s.kl:g}: more epochs or a larger lr would use it")
+        wanted = min(scale * (s.kl / max(kl, MIN_KL)) ** (1 / power), MAX_STRETCH)
+        task.policy.stretch(reference, wanted / scale)
+        scale = wanted
+    accelerator.print(
+        f"learned weight change scaled by {scale:.2f}; last measured path KL {kl:.3g} nats, kl = {s.kl:g}"
+    )
+    if scale == MAX_STRETCH and kl < s.kl * (1 - KL_TOLERANCE):
+        accelerator.print(f"warning: path KL is below kl = {s.kl:g}: train for more epochs or with a larger lr")
 
 
-def calls_of_arrival(s: Tuning, steps: int) -> int:
-    """Network calls of `arrive`, each at one state, where its second measurement finds it there."""
+def calls_of_match_kl(s: Tuning, steps: int) -> int:
+    """Network calls of `match_kl` with two measurements, per state."""
     return 0 if s.kl is None else 2 * calls_of_nats(s.eval_kl_samples, steps)
 
 
@@ -419,27 +420,27 @@ class Watch:
             tracker.log_images({"pictures": report.array(grid)[None]}, step=epoch, **options)
 
 
-def when_decided(s: Tuning, task: Task, accelerator: Accelerator) -> Path:
-    """How much of the reward is decided by when, of `eval_samples` images of the untuned model and their ends drawn
-    once more from PLACES of their states: a table on the screen, OUT/decided.json and OUT/decided.png."""
+def measure_decided(s: Tuning, task: Task, accelerator: Accelerator) -> Path:
+    """The share of the reward's variance decided at each of DECIDED_NODES states, from `eval_samples` images of the
+    untuned model and a second completion of each state. Prints a table; writes OUT/decided.json and OUT/decided.png."""
     if accelerator.num_processes > 1:
-        raise ValueError("decided runs in one process: leave out accelerate launch")
+        raise ValueError("decided supports one process only: run it without accelerate launch")
     problem, times = task.problem, task.fit.grid(task.problem, s.steps)
-    nodes = sorted({round(k) for k in torch.linspace(0, s.steps - 1, PLACES).tolist()})
+    nodes = sorted({round(k) for k in torch.linspace(0, s.steps - 1, DECIDED_NODES).tolist()})
     parts = []
     for ids in tqdm(torch.arange(s.eval_samples, device=accelerator.device).split(s.batch), "batches of images"):
         cond = None if task.conditions is None else task.conditions(ids)
         with accelerator.autocast():
-            parts.append(completed(problem, problem.reference, times, nodes, Noise(s.seed), ids,
+            parts.append(complete(problem, problem.reference, times, nodes, Noise(s.seed), ids,
                                    solver=task.fit.solver, cond=cond).cpu())  # fmt: skip
-    found = decided(torch.cat(parts, 1))
+    found = decided_share(torch.cat(parts, 1))
     log_snr = problem.noising.log_snr(problem.s(times[nodes]))
     columns = {"step": nodes, "log_snr": log_snr.tolist(), "share": found.mean.tolist(), "se": found.stderr.tolist()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     s.out.mkdir(parents=True, exist_ok=True)
     (s.out / "decided.json").write_text(json.dumps({"settings": s.plain(), "rows": rows}, indent=2) + "\n")
-    report.decided(rows).savefig(s.out / "decided.png", dpi=150)
-    print("step  log-SNR  of the reward's variance decided there")
+    report.plot_decided(rows).savefig(s.out / "decided.png", dpi=150)
+    print("step  log-SNR  share of the reward's variance decided")
     for row in rows:
         print(f"{row['step']:4d}  {row['log_snr']:7.2f}  {row['share']:.2f} +- {row['se']:.2f}")
     print(f"-> {s.out / 'decided.png'}")

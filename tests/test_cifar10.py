@@ -82,13 +82,13 @@ def run(model, pictures, tmp_path_factory):
     return train(short(model, tmp_path_factory.mktemp("runs") / "run", reward="energy", data=pictures))
 
 
-def test_where_a_reward_is_decided_is_asked_of_one_that_is_there(model, pictures, tmp_path):
-    """The log-probability of a class, at the last state more than at the first; the energy is learned first."""
+def test_decided_grows_along_the_path_and_refuses_the_energy(model, pictures, tmp_path):
+    """The log-probability of a class, decided at the last state more than at the first."""
     s = short(model, tmp_path / "run", eval_samples=8)
-    rows = json.loads((cifar10.when_decided(s) / "decided.json").read_text())["rows"]
+    rows = json.loads((cifar10.measure_decided(s) / "decided.json").read_text())["rows"]
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["share"] > rows[0]["share"]
-    with pytest.raises(ValueError, match="reward must be another than energy"):
-        cifar10.when_decided(short(model, tmp_path / "other", reward="energy", data=pictures))
+    with pytest.raises(ValueError, match="decided does not support reward = energy"):
+        cifar10.measure_decided(short(model, tmp_path / "other", reward="energy", data=pictures))
     assert not (tmp_path / "other").exists()
 
 

@@ -808,10 +808,19 @@ def test_a_budget_wraps_the_algorithm(model, tmp_path):
     assert isinstance(found, KLBudget) and found.nats == 3.0 and found.algorithm.nodes == 8
 
 
+def test_a_black_box_has_a_kl_budget_unless_beta_is_given(monkeypatch):
+    """On the embedded model; beta would not be used beside a budget that nobody set."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reward = ["--reward", "jpeg-compressibility"]
+    assert settings_of(reward).kl == 2.0 and settings_of([]).kl is None
+    assert settings_of([*reward, "--beta", "0.05"]).kl is None
+    assert settings_of([*reward, "--beta", "0.05", "--kl", "3"]).kl == 3.0
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"lora": 2}, pytest.param({"offload_reference": True}, marks=pytest.mark.long)], ids=str
 )
-def test_what_is_saved_has_the_kl_that_was_asked_for(changes, model, tmp_path):
+def test_saved_weights_have_the_requested_kl(changes, model, tmp_path):
     """The evaluation measures it on the same samples."""
     options = {"eval_kl_samples": 8, "eval_samples": 8, "eval_headline": 5, "eval_steps": (), "warmup": 0,
                "prompts": "shapes-doubtful"}  # fmt: skip
@@ -820,7 +829,7 @@ def test_what_is_saved_has_the_kl_that_was_asked_for(changes, model, tmp_path):
     assert found.evaluation.path_kl == pytest.approx(free / 2, rel=0.05)
 
 
-def test_stretching_goes_on_along_the_line(model):
+def test_stretch_moves_weights_along_the_line(model):
     pipeline = models.load(str(model))
     policy = tuning.Score.of(pipeline)
     reference = policy.frozen()
@@ -833,12 +842,12 @@ def test_stretching_goes_on_along_the_line(model):
         torch.testing.assert_close(p, (p_ref + was) / 2)
 
 
-def test_where_the_reward_is_decided_is_asked_before_anything_is_trained(model, tmp_path):
-    """In batches of three as at once. The end is known better from the last state than from noise."""
+def test_decided_is_independent_of_batch_size_and_grows_along_the_path(model, tmp_path):
+    """The reward is better known from the last state than from noise."""
     found = []
     for batch in (3, 64):
         s = short(model, tmp_path / str(batch), reward="jpeg-compressibility", eval_samples=8, batch=batch, steps=6)
-        rows = json.loads((sd15.when_decided(s) / "decided.json").read_text())["rows"]
+        rows = json.loads((sd15.measure_decided(s) / "decided.json").read_text())["rows"]
         assert [row["step"] for row in rows] == list(range(6)) and (s.out / "decided.png").is_file()
         found.append(torch.tensor([[row["log_snr"], row["share"], row["se"]] for row in rows]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)

@@ -383,7 +383,7 @@ class Line:
 
 @example(power=2.0, learned=4.0)
 @given(power=st.floats(0.5, 2.5), learned=st.floats(0.1, 20))
-def test_what_is_saved_comes_to_the_kl_that_was_asked_for(power, learned):
+def test_match_kl_reaches_the_requested_kl(power, learned):
     """Along a line on which the KL goes as a power of the way, from 1 nat; what was not learned is not made up."""
     line, asked = Line(), []
 
@@ -395,12 +395,12 @@ def test_what_is_saved_comes_to_the_kl_that_was_asked_for(power, learned):
     s = Mine(kl=1.0, eval_kl_samples=7)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tuning, "nats", nats)
-        tuning.arrive(s, task, SimpleNamespace(print=str), 5)
-        tuning.arrive(Mine(), task, SimpleNamespace(print=str), 5)  # without a budget there is nothing to come to
-    assert set(asked) == {(7, 5)} and len(asked) <= tuning.MEASURED
-    if learned * tuning.FURTHEST**power < 1:
-        assert line.way == pytest.approx(tuning.FURTHEST)
+        tuning.match_kl(s, task, SimpleNamespace(print=str), 5)
+        tuning.match_kl(Mine(), task, SimpleNamespace(print=str), 5)  # no budget: nothing to do
+    assert set(asked) == {(7, 5)} and len(asked) <= tuning.MAX_MEASUREMENTS
+    if learned * tuning.MAX_STRETCH**power < 1:
+        assert line.way == pytest.approx(tuning.MAX_STRETCH)
     else:
-        assert learned * line.way**power == pytest.approx(1, rel=tuning.NEAR)
+        assert learned * line.way**power == pytest.approx(1, rel=tuning.KL_TOLERANCE)
     if power == 2:
-        assert len(asked) == 2 and tuning.calls_of_arrival(s, 5) == 2 * calls_of_nats(7, 5)
+        assert len(asked) == 2 and tuning.calls_of_match_kl(s, 5) == 2 * calls_of_nats(7, 5)
