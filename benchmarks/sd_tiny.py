@@ -77,7 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "options": ("nodes=128", "critic_updates=40", "actor_updates=6", "keep=3", "nats=1"),
     },
     "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=128", "updates=6")},
-    "forward-matching": {"algorithm": "forward-matching", "options": (), "kl": 2.0, "ema": 0.97, "warmup": 3},
+    "forward-matching": {"algorithm": "forward-matching", "options": (), "kl": 1.5, "ema": 0.97, "warmup": 3},
     "ddpo": {
         "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4,
         "options": ("nodes=64", "group=4", "passes=2", "clip=0.2"),
@@ -153,9 +153,9 @@ class Job:
 
     def settings(self, out: Path) -> Settings:
         """The embedded model's, with what is the reward's and the method's own."""
-        s = replace(Settings.read(EMBEDDED), seed=self.seed, out=out, log_with="none", pictures_every=0,
-                    **REWARDS[self.reward])  # fmt: skip
-        s = replace(s, **METHODS[self.method], lr=RATE[self.reward, self.method] if self.lr is None else self.lr)
+        lr = RATE[self.reward, self.method] if self.lr is None else self.lr
+        about = {**METHODS[self.method], **REWARDS[self.reward], "lr": lr}  # a reward's budget is all methods'
+        s = replace(Settings.read(EMBEDDED), seed=self.seed, out=out, log_with="none", pictures_every=0, **about)
         if self.half:
             s = replace(s, pretrain=s.pretrain // 2)
         if self.lr is not None:  # what the methods are compared on is not what they are tuned on

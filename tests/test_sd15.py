@@ -812,7 +812,7 @@ def test_a_black_box_has_a_kl_budget_unless_beta_is_given(monkeypatch):
     """On the embedded model; beta would not be used beside a budget that nobody set."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reward = ["--reward", "jpeg-compressibility"]
-    assert settings_of(reward).kl == 2.0 and settings_of([]).kl is None
+    assert settings_of(reward).kl == 1.5 and settings_of([]).kl is None
     assert settings_of([*reward, "--beta", "0.05"]).kl is None
     assert settings_of([*reward, "--beta", "0.05", "--kl", "3"]).kl == 3.0
 
