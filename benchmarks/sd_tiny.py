@@ -1,8 +1,9 @@
 """On the embedded Stable Diffusion: from how many pictures is a reward learned, at what path KL, and does what was
 learned survive other samplers and step sizes?
 
-Continuous-time forward matching, actor-critic and adjoint matching, and DDPO: full fine-tuning by `scale/sd15.py` from
-the same settings but for those of `METHODS`, the learning rate of each from the same search (`--tune`). Two rewards:
+Continuous-time forward matching, actor-critic and adjoint matching, and the field's AWM, DiffusionNFT, Flow-GRPO and
+DDPO: full fine-tuning by `scale/sd15.py` from the same settings but for those of `METHODS`, the learning rate of each
+from the same search (`--tune`). Two rewards:
 
     following-soft        prompt-following where the model's captions were wrong half the time, on other prompts of that
                           kind than those trained on; `other` is the same with hard edges. Adjoint matching has its
@@ -78,12 +79,19 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=128", "updates=6")},
     "forward-matching": {"algorithm": "forward-matching", "options": (), "kl": 1.5, "ema": 0.97, "warmup": 3},
+    "awm": {"algorithm": "awm", "options": ("clip=2.5e-3",), "kl": 3.0, "ema": 0.97, "warmup": 3},
+    "diffusion-nft": {"algorithm": "diffusion-nft", "options": (), "kl": 3.0, "ema": 0.97, "warmup": 3},
+    "flow-grpo": {
+        "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "eta": 0.49, "in_a_row": 4, "kl": 3.0, "ema": 0.97,
+        "warmup": 3, "options": ("nodes=64", "group=4", "passes=2", "clip=0.2", "chain_kl=True"),
+    },
     "ddpo": {
         "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4,
         "options": ("nodes=64", "group=4", "passes=2", "clip=0.2"),
     },
 }  # fmt: skip
-CASES = [case for case in product(REWARDS, METHODS) if case != ("jpeg-compressibility", "adjoint-matching")]
+_FOLLOWING_ALONE = ("adjoint-matching", "awm", "diffusion-nft", "flow-grpo")
+CASES = [case for case in product(REWARDS, METHODS) if case[0] == "following-soft" or case[1] not in _FOLLOWING_ALONE]
 """Reward and method; a black box has no adjoint."""
 HALVED = (
     ("following-soft", "adjoint-matching"), ("following-soft", "forward-matching"),
@@ -99,6 +107,7 @@ MOST_KL = {"forward-matching": 3.0}
 RATE = {
     ("following-soft", "actor-critic"): 6e-5, ("following-soft", "adjoint-matching"): 1.8e-4,
     ("following-soft", "forward-matching"): 1.8e-4, ("following-soft", "ddpo"): 1.8e-4,
+    ("following-soft", "awm"): 6e-5, ("following-soft", "diffusion-nft"): 6e-5, ("following-soft", "flow-grpo"): 6e-5,
     ("jpeg-compressibility", "actor-critic"): 6e-5, ("jpeg-compressibility", "forward-matching"): 6e-5,
     ("jpeg-compressibility", "ddpo"): 6e-5,
 }  # fmt: skip
@@ -114,7 +123,7 @@ class SDTinyOptions(Options):
     reward: tuple[str, ...] = tuple(REWARDS)
     """following-soft, jpeg-compressibility."""
     method: tuple[str, ...] = tuple(METHODS)
-    """actor-critic, adjoint-matching, forward-matching, ddpo."""
+    """actor-critic, adjoint-matching, forward-matching, awm, diffusion-nft, flow-grpo, ddpo."""
     seeds: int = 3
     """Runs of each, with seeds 0, 1, ..."""
     images: int = 1600

@@ -20,10 +20,12 @@ from accelerate.utils import parse_flag_from_env
 
 from ctrl import DDIM, Exponential, Heun, Multistep2, Solver, grids
 from ctrl.algorithms import (
+    AWM,
     DDPO,
     ActorCritic,
     AdjointMatching,
     Algorithm,
+    DiffusionNFT,
     ForwardMatching,
     NextValue,
     PathConsistency,
@@ -54,6 +56,8 @@ ALGORITHMS: dict[str, Algorithm] = {
     "forward-matching": ForwardMatching(
         updates=8, nodes=128, keep=12, target="anchored", weight="x0hat", damping=3.0, hold=0.0, critic_updates=0
     ),
+    "awm": AWM(updates=8, nodes=128, clip=4e-5),
+    "diffusion-nft": DiffusionNFT(updates=8, nodes=128),
     "td-form": TDForm(evaluation=_CRITIC),
     "next-value": NextValue(evaluation=_CRITIC),
 }
@@ -65,10 +69,11 @@ reference's; an epoch that is kept is asked anew for another 2,688. In passes pe
     actor-critic  23.7 (ctrl's own: 76.4)    policy-iteration  31.2 (1,043)    path-consistency  16.1 (866)
     ddpo          20.7 (54.6)                q-learning        30.2 (270)      td-form           17.7 (17.7)
     ppo           18.3 (213)                 adjoint-matching  14.1 (131)      next-value        21.8 (21.8)
-    forward-matching  13.6 (169)
+    forward-matching  13.6 (169)     awm               16.3 (134)     diffusion-nft     16.3 (134)
 
 DDPO's clip is the standard deviation of a step's log-ratio at a path KL of ½ N clip² = 8 nats in 20 steps, the trust
-region of the actor-critic. (Public codes clip the mean over 16,384 dimensions at 1e-4, which is the sum at 1.6.)
+region of the actor-critic. (Public codes clip the mean over 16,384 dimensions at 1e-4, which is the sum at 1.6.) AWM's
+is the published 1e-5 at four times the dimensions.
 """
 LEARN_VALUES = (
     "actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning", "td-form", "next-value",
@@ -139,7 +144,8 @@ class Tuning:
 
     algorithm: str = "forward-matching"
     """forward-matching; actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form,
-    next-value; adjoint-matching (differentiable rewards); or the discrete-time ddpo."""
+    next-value; adjoint-matching (differentiable rewards); or, for comparison, awm, diffusion-nft, and the
+    discrete-time ddpo."""
     options: tuple[str, ...] = ()
     """The algorithm's own, over those listed under --help, by the names in ctrl/algorithms, such as
     `--options nodes=64 keep=4`; those of a part, such as `evaluation.critic_updates=8` of td-form."""

@@ -19,6 +19,7 @@ from torch import nn
 import ctrl.algorithms
 from ctrl import DDIM, Estimate, EulerMaruyama, Heun, Multistep2, Noise, StructuredCritic, grids, path_kl
 from ctrl.algorithms import (
+    AWM,
     DDPO,
     ActorCritic,
     AdjointMatching,
@@ -149,6 +150,7 @@ CASES = {
         "name": "mixture-2d-conditional", "samples": 23, "epochs": 2,
         "algorithm": ForwardMatching(updates=3, nodes=64, keep=2, target="anchored", critic_updates=0),
     },
+    "awm, 23 samples": {"algorithm": AWM(updates=3, nodes=64), "samples": 23, "epochs": 2},
     "conditions, hands of 3 nodes": {
         "name": "mixture-2d-conditional", "algorithm": dataclasses.replace(ACTOR_CRITIC, nodes=3),
         "samples": 10, "optimizer": functools.partial(torch.optim.AdamW, weight_decay=1.0),

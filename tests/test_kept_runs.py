@@ -12,7 +12,17 @@ from pathlib import Path
 import pytest
 
 from benchmarks import algorithms, cifar10, critics, pictures, race, report, sd_tiny, throughput
-from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, KLBudget, NextValue, TDForm
+from ctrl.algorithms import (
+    AWM,
+    DDPO,
+    ActorCritic,
+    AdjointMatching,
+    DiffusionNFT,
+    ForwardMatching,
+    KLBudget,
+    NextValue,
+    TDForm,
+)
 from scale import tuning
 from scale.settings import Settings
 
@@ -232,8 +242,11 @@ def test_the_methods_that_are_compared_are_those_of_the_committed_results():
                 hold=0.0,
                 critic_updates=0,
             ),
-            nats=2.0,
+            nats=1.5,
         ),
+        "awm": KLBudget(AWM(updates=8, nodes=128, clip=2.5e-3), nats=3.0),
+        "diffusion-nft": KLBudget(DiffusionNFT(updates=8, nodes=128, step=1.0, most=5.0), nats=3.0),
+        "flow-grpo": KLBudget(DDPO(passes=2, nodes=64, clip=0.2, chain_kl=True, group=4), nats=3.0),
         "ddpo": DDPO(passes=2, nodes=64, clip=0.2, group=4),
     }
     found = {name: tuning.algorithm_of(replace(FORM, method=name).settings(Path()), True) for name in cifar10.METHODS}

@@ -9,10 +9,12 @@ from torch import Tensor
 
 from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, NetworkCritic, Solver, guards
 from ctrl.algorithms import (
+    AWM,
     DDPO,
     ActorCritic,
     AdjointMatching,
     Algorithm,
+    DiffusionNFT,
     ForwardMatching,
     GaussianNetwork,
     InverseRL,
@@ -58,6 +60,8 @@ CASES: dict[str, tuple[Algorithm, Solver]] = {
         ForwardMatching(updates=3, nodes=30, keep=2, target="anchored", critic_updates=0),
         Multistep2(),
     ),
+    "awm": (AWM(updates=3, nodes=30), Heun()),
+    "diffusion nft": (DiffusionNFT(updates=3, nodes=30), Heun()),
     "TD form, DDIM": (TDForm(updates=2, nodes=30, evaluation=EVALUATION), DDIM()),
     "TD form, 2M": (TDForm(updates=2, nodes=30, evaluation=EVALUATION), Multistep2()),
     "next value, DDIM": (NextValue(updates=2, nodes=30, evaluation=EVALUATION), DDIM()),

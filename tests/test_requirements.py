@@ -29,6 +29,7 @@ OPTIONS = {
     "ppo": ("nodes=8", "updates=1", "evaluation.nodes=8", "evaluation.critic_updates=1"),
     "ppo-clip": ("nodes=8", "updates=2", "evaluation.nodes=8", "evaluation.critic_updates=1"),
     "forward-matching": ("nodes=8", "updates=2", "keep=2"),
+    "awm": ("nodes=8", "updates=2"), "diffusion-nft": ("nodes=8", "updates=2"),
     "path-consistency": ("paths=2", "updates=1", "keep=2"), "policy-iteration": (*FEW, "actor_updates=1", "rounds=2"),
     "q-learning": (*FEW, "q_updates=1"), "td-form": ("nodes=8", "evaluation.nodes=8", "evaluation.critic_updates=1"),
     "next-value": ("nodes=8", "evaluation.nodes=8", "evaluation.critic_updates=1"),

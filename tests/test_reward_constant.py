@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from ctrl import DDIM, Heun, Multistep2, NetworkCritic, StructuredCritic
 from ctrl.algorithms import (
+    AWM,
     DDPO,
     ActorCritic,
     AdjointMatching,
+    DiffusionNFT,
     ForwardMatching,
     GaussianNetwork,
     InverseRL,
@@ -60,6 +62,7 @@ CRITICS = {
 ALONE = {
     "ddpo": DDPO(nodes=32), "adjoint matching": AdjointMatching(updates=3, nodes=32),
     "forward matching, anchored": ForwardMatching(updates=3, nodes=32, target="anchored", critic_updates=0),
+    "awm": AWM(updates=3, nodes=32), "diffusion nft": DiffusionNFT(updates=3, nodes=32),
 }  # fmt: skip
 """Algorithms without one."""
 SOLVERS = {"TD form": DDIM(), "next value": Multistep2(), "ddpo": Multistep2()}
@@ -126,7 +129,7 @@ def train(name: str, kind: str, discount: float, constant: float) -> Trained:
 
 
 WITH = [(n, k) for n in CRITICS for k in ("network", "structured", "stand-in")] + [(n, "none") for n in ALONE]
-UNDISCOUNTED = ("forward matching", "forward matching, anchored")
+UNDISCOUNTED = ("forward matching", "forward matching, anchored", "awm", "diffusion nft")
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,8 @@ def test_a_run_holds_its_folder_from_before_the_model_is_loaded_to_after_the_eva
         ),
         {"algorithm": "adjoint-matching", "options": ("updates=1", "nodes=8")},
         {"algorithm": "forward-matching", "options": ("updates=1", "nodes=8"), "reward": "jpeg-compressibility"},
+        pytest.param({"algorithm": "awm", "options": ("updates=1", "nodes=8")}, marks=pytest.mark.long),
+        pytest.param({"algorithm": "diffusion-nft", "options": ("updates=1", "nodes=8")}, marks=pytest.mark.long),
         pytest.param(
             {"algorithm": "td-form", "options": ("nodes=8", "evaluation.critic_updates=1", "evaluation.nodes=8")},
             marks=pytest.mark.long,

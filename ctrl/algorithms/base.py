@@ -26,7 +26,7 @@ _LIMITS = {
     **dict.fromkeys(
         ("critic_updates", "actor_updates", "q_updates", "trace", "group", "squares", "damping", "hold"), ">= 0"
     ),
-    **dict.fromkeys(("clip", "penalty", "gain"), "> 0"), "limit": "> 1", "nats": "in (0, inf]",
+    **dict.fromkeys(("clip", "penalty", "gain", "step", "most"), "> 0"), "limit": "> 1", "nats": "in (0, inf]",
 }  # fmt: skip
 
 

@@ -132,14 +132,19 @@ class ForwardMatching(Algorithm):
         return left * n.w * problem.rate(n.t) * loss
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        if not isinstance(problem, ScoreAsAction) or problem.eta != 1 or problem.discount:
-            raise ValueError(
-                "problem must be ScoreAsAction with eta = 1 and discount = 0 for ForwardMatching: only then is the "
-                "process the time reversal of the noising; elsewhere take ActorCritic"
-            )
-        check_price(problem)
+        check_reversal(problem, "ForwardMatching")
         if self.critic_updates and critic is None:
             raise ValueError("critic must be given to ForwardMatching unless critic_updates = 0")
+
+
+def check_reversal(problem: Problem, who: str) -> None:
+    """Raise unless the process is the time reversal of the noising, and actions have a price."""
+    if not isinstance(problem, ScoreAsAction) or problem.eta != 1 or problem.discount:
+        raise ValueError(
+            f"problem must be ScoreAsAction with eta = 1 and discount = 0 for {who}: only then is the process the time "
+            f"reversal of the noising; elsewhere take ActorCritic"
+        )
+    check_price(problem)
 
 
 def renoise(problem: ScoreAsAction, batch: Batch, noise: Noise) -> None:
