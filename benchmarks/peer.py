@@ -1,13 +1,13 @@
-"""One side of a race on the embedded Stable Diffusion: ours, or TRL's DDPOTrainer in an environment of its own.
+"""One side of a race on the embedded Stable Diffusion: ours, or a trainer of TRL's in an environment of its own.
 
-    python benchmarks/peer.py ours|trl '{"steps": 20, ...}'         the fields of `Work`
+    python benchmarks/peer.py ours|ddpo|alignprop '{"steps": 20, ...}'         the fields of `Work`
 
 It trains an epoch for each line `epoch` on its standard input, and answers with a line of JSON: seconds, images, the
 mean reward, and the most memory held, in MiB, beyond the interpreter with its packages. `save FOLDER` keeps the
 UNet in diffusers' format. What is asked for is the same on both sides: prompts, reward, steps, batches, guidance,
 and the optimiser's steps an epoch.
 
-TRL (trl 0.23.1, the last with this trainer) needs older packages than this project, so nothing of this project but
+TRL (trl 0.23.1, the last with these trainers) needs older packages than this project, so nothing of this project but
 the reward, the prompts and the clock is imported there. Its environment is made by `environment`.
 """
 
@@ -74,43 +74,45 @@ class Side(Protocol):
 
 
 class TRL:
-    """`DDPOTrainer`, full fine-tuning."""
+    """A trainer of TRL's, full fine-tuning."""
 
     def __init__(self, work: Work) -> None:
         from accelerate import PartialState
 
         PartialState(cpu=not torch.cuda.is_available())  # or the trainer looks for an accelerator
-        from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # type: ignore[import-not-found]
+        from trl import DefaultDDPOStableDiffusionPipeline  # type: ignore[import-not-found]
 
         texts = [p.text for p in prompts.read(PROMPTS)]
-        batch = min(work.batch, work.samples // work.updates)
         draw = random.Random(work.seed)
         self.rewards: list[float] = []
         self.work, self.count = work, 0  # epochs
-        config = DDPOConfig(
-            num_epochs=10**6, seed=work.seed, mixed_precision="no", sample_num_steps=work.steps,
-            sample_guidance_scale=work.guidance, sample_batch_size=work.batch,
-            sample_num_batches_per_epoch=work.samples // work.batch, train_batch_size=batch,
-            train_gradient_accumulation_steps=work.samples // work.updates // batch,
-            train_learning_rate=work.lr, train_cfg=work.guidance > 1, save_freq=10**6,
-            project_kwargs={"project_dir": tempfile.mkdtemp()},
-        )  # fmt: skip
-        pipeline = DefaultDDPOStableDiffusionPipeline(for_older_packages(MODEL), use_lora=False)
+        self.pipeline = DefaultDDPOStableDiffusionPipeline(for_older_packages(MODEL), use_lora=False)
         self.halves, self.asked = 2 if work.guidance > 1 else 1, 0
-        pipeline.unet.register_forward_pre_hook(self.ask)
-        self.trainer = DDPOTrainer(config, self.reward, lambda: (draw.choice(texts), {}), pipeline)
-        pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.unet.register_forward_pre_hook(self.ask)
+        self.trainer = self.made(lambda: (draw.choice(texts), {}))
+        self.pipeline.set_progress_bar_config(disable=True)
 
-    def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
-        """As TRL asks for it."""
-        with torch.no_grad():
-            found = shapes.following_soft(images, texts)
-        self.rewards += found.tolist()
-        return found, {}
+    @property
+    def same(self) -> dict[str, Any]:
+        """What all its trainers are told."""
+        work = self.work
+        return {
+            "num_epochs": 10**6, "seed": work.seed, "mixed_precision": "no", "sample_num_steps": work.steps,
+            "sample_guidance_scale": work.guidance, "train_learning_rate": work.lr, "save_freq": 10**6,
+            "project_kwargs": {"project_dir": tempfile.mkdtemp()},
+        }  # fmt: skip
+
+    def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
+        """The trainer."""
+        raise NotImplementedError
+
+    def learn(self) -> None:
+        """An epoch's images, and what is learned from them."""
+        raise NotImplementedError
 
     def epoch(self) -> float:
         self.rewards = []
-        self.trainer.step(self.count, self.count)
+        self.learn()
         self.count += 1
         return mean(self.rewards)
 
@@ -122,7 +124,59 @@ class TRL:
         return self.asked / (self.count * self.work.samples)
 
     def save(self, folder: str) -> None:
-        self.trainer.sd_pipeline.unet.save_pretrained(folder)
+        self.pipeline.unet.save_pretrained(folder)
+
+
+class TheirDDPO(TRL):
+    """`DDPOTrainer`."""
+
+    def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
+        from trl import DDPOConfig, DDPOTrainer
+
+        work = self.work
+        batch = min(work.batch, work.samples // work.updates)
+        config = DDPOConfig(
+            **self.same, sample_batch_size=work.batch, sample_num_batches_per_epoch=work.samples // work.batch,
+            train_batch_size=batch, train_gradient_accumulation_steps=work.samples // work.updates // batch,
+            train_cfg=work.guidance > 1,
+        )  # fmt: skip
+        return DDPOTrainer(config, self.reward, prompt, self.pipeline)
+
+    def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
+        """As the trainer asks for it."""
+        with torch.no_grad():
+            found = shapes.following_soft(images, texts)
+        self.rewards += found.tolist()
+        return found, {}
+
+    def learn(self) -> None:
+        self.trainer.step(self.count, self.count)
+
+
+class AlignProp(TRL):
+    """`AlignPropTrainer`: back through the last steps, a random number of them, from the reward. Each of its steps
+    draws the images that it learns from."""
+
+    def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
+        from trl import AlignPropConfig, AlignPropTrainer
+
+        work = self.work
+        batch = min(work.batch, work.samples // work.updates)
+        config = AlignPropConfig(
+            **self.same, train_batch_size=batch, truncated_rand_backprop_minmax=(0, work.steps),
+            train_gradient_accumulation_steps=work.samples // work.updates // batch,
+        )  # fmt: skip
+        return AlignPropTrainer(config, self.reward, prompt, self.pipeline)
+
+    def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
+        """With its gradient."""
+        found = shapes.following_soft(images, texts)
+        self.rewards += found.tolist()
+        return found, {}
+
+    def learn(self) -> None:
+        for k in range(self.work.updates):
+            self.trainer.step(0, self.count * self.work.updates + k)
 
 
 def for_older_packages(model: Path) -> str:
@@ -169,17 +223,17 @@ class Ours:
         self.unet.save_pretrained(folder)
 
 
-SIDES: dict[str, Callable[[Work], Side]] = {"ours": Ours, "trl": TRL}
+SIDES: dict[str, Callable[[Work], Side]] = {"ours": Ours, "ddpo": TheirDDPO, "alignprop": AlignProp}
 
 
 def serve(side: str, work: Work) -> None:
     """Answer the lines that come."""
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(work.threads)
-    if side == "trl":
-        from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # noqa: F401  (it imports what is named, late)
-    else:
+    if side == "ours":
         import benchmarks.throughput  # noqa: F401
+    else:
+        from trl import AlignPropTrainer, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # noqa: F401  (late imports)
     before = held()
     trainer = SIDES[side](work)
     for line in sys.stdin:

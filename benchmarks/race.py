@@ -1,19 +1,22 @@
-"""Beside TRL's DDPOTrainer on the embedded Stable Diffusion, for `benchmarks/throughput.py`.
+"""Beside TRL's trainers on the embedded Stable Diffusion, for `benchmarks/throughput.py`.
 
-peer     one epoch of the same work: same steps, batches, guidance, reward, threads, one optimiser step; interleaved.
+peer     one epoch of DDPO, the same work: same steps, batches, guidance, reward, threads, one optimiser step;
+         interleaved.
 race     time in training until the mean reward of JUDGED pictures, drawn by the pipeline's own call in N steps of DDIM
          from one noise, has grown by GAIN, and the path KL that was paid by then. Looks are EVERY pictures apart, their
-         time does not count, and the moment is interpolated. TRL's side is DDPO as it is, on N steps; ours is adjoint
-         matching with the options of the default run, in epochs of as many pictures and half its nodes, on TEN steps
-         whatever N: the policy is of continuous time. Each side's learning rate, and TRL's number of updates an epoch,
-         are among those of TRIED, with a seed of its own (`--tune`): see TAKEN.
+         time does not count, and the moment is interpolated. By the reward's values alone forward matching races with
+         TRL's DDPO, by its gradient adjoint matching with TRL's AlignProp. TRL's are as they are, on N steps; ours have
+         the options of the default runs, in epochs of as many pictures and half their nodes, on TEN steps whatever N:
+         the policy is of continuous time. Learning rates, and TRL's numbers of updates an epoch, are from a search
+         (`--tune`) with a seed of its own: see RACERS.
 """
 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean, median
@@ -33,6 +36,7 @@ ADJOINT: dict[str, Any] = {
     "algorithm": "adjoint-matching", "options": ["nodes=128", "updates=6"], "beta": 0.1, "solver": "2m",
     "grid": "log-snr", "jitter": 0.4, "warmup": 0, "micro_batch": 64,
 }  # fmt: skip
+FORWARD = ADJOINT | {"algorithm": "forward-matching", "options": ["nodes=128", "updates=8"], "kl": 1.5}
 EPOCH = Work(samples=16, batch=16, guidance=5.0)
 
 
@@ -40,7 +44,7 @@ def peer(python: str, repeats: int, threads: int) -> list[Row]:
     """An epoch of each, in turn."""
     work = replace(EPOCH, threads=threads)
     sides: dict[str, tuple[str, Work, str]] = {
-        "TRL": ("trl", work, python),
+        "TRL": ("ddpo", work, python),
         "ddpo, KL off": ("ours", work, ""),
         "ddpo with KL": ("ours", replace(work, own={"beta": 0.1}), ""),
         "adjoint matching": ("ours", replace(work, own=ADJOINT | {"options": ["nodes=128", "updates=2"]}), ""),
@@ -75,20 +79,40 @@ NATS = 4.0
 IMAGES, IMAGES_TRIED = 1536, 1024
 """After which a run is given up, and one of the search."""
 RATES = (2.5e-6, 7e-6, 2e-5, 6e-5, 1.8e-4)
-TRIED = {"ours": tuple(product(RATES, (6,))), "trl": tuple(product(RATES, (1, 4)))}
-"""Learning rate, and updates an epoch."""
-TAKEN = {"ours": (2e-5, 6), "trl": (7e-6, 4)}
-"""TRL's got furthest in the search within NATS. Ours was fastest there at 6e-5, within too, but tried on the race's
-seeds it paid twice the nats of 2e-5, which is taken."""
-OWN = ADJOINT | {"steps": TEN}
 SAME = Work(samples=32, batch=32, guidance=2.0)
+
+
+@dataclass(frozen=True)
+class Racer:
+    """Who takes part."""
+
+    side: str
+    """Of `benchmarks.peer.SIDES`."""
+    updates: tuple[int, ...]
+    """An epoch, tried in the search, each with all RATES."""
+    taken: tuple[float, int]
+    """Of these: learning rate, and updates."""
+    own: dict[str, Any] = field(default_factory=dict)
+    """Settings, if it is ours."""
+
+
+RACERS = {
+    "forward matching": Racer("ours", (8,), (6e-5, 8), FORWARD),
+    "TRL's DDPO": Racer("ddpo", (1, 4), (7e-6, 4)),
+    "adjoint matching": Racer("ours", (6,), (2e-5, 6), ADJOINT),
+    "TRL's AlignProp": Racer("alignprop", (1, 4), (7e-6, 1)),
+}
+"""TRL's DDPO got furthest in the search within NATS. Adjoint matching was fastest there at 6e-5, within too, but tried
+on the race's seeds it paid twice the nats of 2e-5, which is taken."""
+PAIRS = {"values": ("forward matching", "TRL's DDPO"), "gradient": ("adjoint matching", "TRL's AlignProp")}
+"""Who races with whom, by what they take of the reward."""
 
 
 @dataclass(frozen=True)
 class Job:
     """One run, of so many images at most; `python` is what it runs in."""
 
-    side: str
+    racer: str
     steps: int
     seed: int
     lr: float
@@ -102,32 +126,37 @@ class Job:
     def key(self) -> str:
         """Its file's name."""
         made = digest(self, self.work, GAIN, JUDGED, EVERY, PROMPTS, PINNED, run, rewarded, paid)
-        return f"race-{self.side}-{self.steps}-{self.seed}-{made}"
+        return f"race-{self.racer.replace(' ', '-')}-{self.steps}-{self.seed}-{made}"
 
     @property
     def work(self) -> Work:
         """An epoch."""
         same = replace(SAME, steps=self.steps, seed=self.seed, lr=self.lr, updates=self.updates)
-        own = OWN | {"options": ["nodes=64", f"updates={self.updates}"]}
-        return replace(same, own=own) if self.side == "ours" else same
+        if own := RACERS[self.racer].own:
+            own = own | {"steps": TEN, "options": ["nodes=64", f"updates={self.updates}"]}
+        return replace(same, own=own)
 
 
-def race(python: str, seeds: int, store: Path, jobs_at_once: int, tune: bool = False) -> list[Row]:
-    """Every run; and the ratios."""
-    where = {"ours": "", "trl": python}
+def race(python: str, by: Sequence[str], seeds: int, store: Path, jobs_at_once: int, tune: bool = False) -> list[Row]:
+    """Every run of the pairs that race by these; and the ratios."""
+    racers = {name: RACERS[name] for pair in by for name in PAIRS[pair]}
+    where = {name: "" if r.side == "ours" else python for name, r in racers.items()}
     if tune:
-        jobs = [Job(side, STEPS[0], 1000, *tried, IMAGES_TRIED, where[side]) for side in TRIED for tried in TRIED[side]]
+        jobs = [
+            Job(name, STEPS[0], 1000, *tried, IMAGES_TRIED, where[name])
+            for name, r in racers.items() for tried in product(RATES, r.updates)
+        ]  # fmt: skip
     else:
-        cases = product(range(seeds), STEPS, TAKEN)
-        jobs = [Job(side, steps, seed, *TAKEN[side], IMAGES, where[side]) for seed, steps, side in cases]
+        cases = product(range(seeds), STEPS, racers)
+        jobs = [Job(name, steps, seed, *RACERS[name].taken, IMAGES, where[name]) for seed, steps, name in cases]
     runs = kept(run, [replace(job, beside=jobs_at_once) for job in jobs], store, jobs_at_once)
     if tune:
         return with_commits(ends(runs, "tuning"), runs.values())
     looks: list[Row] = [
-        {"panel": "looks", "case": f"{job.side}, N = {job.steps}", "seed": job.seed, **look}
+        {"panel": "looks", "case": f"{job.racer}, N = {job.steps}", "seed": job.seed, **look}
         for job, r in runs.items() for look in r["looks"]
     ]  # fmt: skip
-    rows = ends(runs, "race") + [shorter(steps, runs) for steps in STEPS] + looks
+    rows = ends(runs, "race") + [shorter(pair, steps, runs) for pair in by for steps in STEPS] + looks
     return with_commits(rows, runs.values())
 
 
@@ -138,7 +167,7 @@ def ends(runs: dict[Job, Any], panel: str) -> list[Row]:
         group = [r for job, r in runs.items() if replace(job, seed=0) == case]
         within = mean(r["path_kl"] for r in group) <= NATS
         rows.append({
-            "panel": panel, "case": f"{case.side}, N = {case.steps}", "lr": case.lr, "updates": case.updates,
+            "panel": panel, "case": f"{case.racer}, N = {case.steps}", "lr": case.lr, "updates": case.updates,
             "seeds": len(group), "reached": sum(r["reached"] for r in group),
             **over_seeds("seconds", [r["seconds"] for r in group]),
             **{name: mean(r[name] for r in group) for name in ("images", "gain", "path_kl")}, "within": within,
@@ -147,23 +176,27 @@ def ends(runs: dict[Job, Any], panel: str) -> list[Row]:
     return rows
 
 
-def shorter(steps: int, runs: dict[Job, Any]) -> Row:
-    """Our time over TRL's, seed by seed. Met only if ours have reached the reward, and at no more path KL. A run of
-    TRL's that was given up stands with what it had taken and paid by then: with less reward for more of both it is
-    behind, whatever it would have got later."""
-    times = {side: {j.seed: r for j, r in runs.items() if (j.side, j.steps) == (side, steps)} for side in TAKEN}
-    ratios = [times["ours"][seed]["seconds"] / times["trl"][seed]["seconds"] for seed in times["ours"]]
-    row: Row = {"panel": "race", "case": f"ours over TRL, N = {steps}", **ratio(ratios, 1 / 3), "seeds": len(ratios)}
-    reached = all(r["reached"] for r in times["ours"].values())
-    ours, theirs = (mean(r["path_kl"] for r in found.values()) for found in times.values())
-    return row | {"met": bool(row["met"]) and reached and ours <= theirs}
+def shorter(pair: str, steps: int, runs: dict[Job, Any]) -> Row:
+    """Our time over TRL's, seed by seed, of those that race by `pair`. Met only if ours have reached the reward, and at
+    no more path KL. A run of TRL's that was given up stands with what it had taken and paid by then: with less reward
+    for more of both it is behind, whatever it would have got later."""
+    ours, theirs = (
+        {job.seed: r for job, r in runs.items() if (job.racer, job.steps) == (name, steps)} for name in PAIRS[pair]
+    )
+    found = ratio([ours[seed]["seconds"] / theirs[seed]["seconds"] for seed in ours], 1 / 3)
+    reached = all(r["reached"] for r in ours.values())
+    cheaper = mean(r["path_kl"] for r in ours.values()) <= mean(r["path_kl"] for r in theirs.values())
+    return {
+        "panel": "race", "case": f"ours over TRL by {pair}, N = {steps}", **found, "seeds": len(ours),
+        "met": bool(found["met"]) and reached and cheaper,
+    }  # fmt: skip
 
 
 def run(job: Job, store: Path) -> None:
     """Until the reward is there, or the pictures are used up."""
     before = rewarded(untuned(), job.steps)
     looks = [Look(0, 0.0, 0.0, 0.0)]
-    with tempfile.TemporaryDirectory() as folder, started(job.side, job.work, job.python) as ask:
+    with tempfile.TemporaryDirectory() as folder, started(RACERS[job.racer].side, job.work, job.python) as ask:
         while looks[-1].gain < GAIN and looks[-1].images < job.images:
             spent = sum(number(ask("epoch"), "seconds") for _ in range(EVERY // SAME.samples))
             ask(f"save {folder}")

@@ -12,7 +12,7 @@ solvers   our rollout over torchsde.sdeint's on mixture-2d, and over the call of
 scaling   an epoch's time and memory against batch, steps, nodes, dimension, width and processes: the exponent of each.
 gpu       full fine-tuning at SD v1.5's size with random weights (benchmarks/gpu.py): it needs an accelerator.
 peer      an epoch of full fine-tuning beside TRL's DDPOTrainer (benchmarks/race.py), in an environment of its own.
-race      the time to a reward, ours and TRL's; hours.
+race      the time to a reward, ours and TRL's, by the reward's values or by its gradient; hours.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from benchmarks.gpu import OUT_OF_MEMORY, gpu
 from benchmarks.peer import environment
-from benchmarks.race import peer, race
+from benchmarks.race import PAIRS, peer, race
 from benchmarks.report import Options, Row, check_among, command_line, device, earlier, others, table, write
 from benchmarks.scaling import scaling
 from benchmarks.timing import Comparison, Passes, Profile, interleaved, patched
@@ -62,6 +62,8 @@ class ThroughputOptions(Options):
     """limit, solvers, scaling, gpu, peer, race. What was measured of the others before stays in the file."""
     peer_env: Path | None = None
     """Folder of TRL's environment, for the panels peer and race; it is made where there is none."""
+    by: tuple[str, ...] = tuple(PAIRS)
+    """Who races: those who take the reward's values, gradient, or both."""
     seeds: int = 3
     """Runs of each side in the race, with seeds 0, 1, ..."""
     tune: bool = False
@@ -76,7 +78,7 @@ class ThroughputOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_among(self, panel=PANELS)
+        check_among(self, panel=PANELS, by=PAIRS)
         if self.quick and "race" in self.panel:
             raise ValueError("quick must be left out for the race, which ends when the reward is there")
         if self.peer_env is None and {"peer", "race"} & set(self.panel):
@@ -292,7 +294,7 @@ PANELS: dict[str, Callable[[ThroughputOptions, Path, str], list[Row]]] = {
     "limit": lambda o, folder, _: limit(o, folder), "solvers": lambda o, folder, _: solvers(o),
     "scaling": lambda o, *_: scaling(o.quick), "gpu": lambda o, *_: gpu(o.quick),
     "peer": lambda o, _, python: peer(python, repeats(o), o.threads),
-    "race": lambda o, _, python: race(python, o.seeds, o.out / f"{NAME}.runs", o.jobs, o.tune),
+    "race": lambda o, _, python: race(python, o.by, o.seeds, o.out / f"{NAME}.runs", o.jobs, o.tune),
 }  # fmt: skip
 TABLES = {
     "ratio": ("panel", "case", "ratio", "ratio_min", "ratio_max", "bar", "met", "seconds"),
@@ -319,7 +321,8 @@ def main(o: ThroughputOptions) -> None:
     began = time.perf_counter()
     torch.set_num_threads(o.threads)
     python = environment(o.peer_env) if o.peer_env else ""  # if it cannot be made, nothing is measured
-    rows = [] if o.tune else earlier(NAME, o)
+    part = "tuning" if o.tune else ""
+    rows = earlier(NAME, o, part)
     broken: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for panel in o.panel:
@@ -327,9 +330,9 @@ def main(o: ThroughputOptions) -> None:
             for what, columns in TABLES.items():
                 if some := [{c: row.get(c) for c in columns} for row in found if what in row]:
                     print(table(some, columns))
-            rows = others(rows, found, by=("panel",)) + found
+            rows = others(rows, found, by=("panel", "case") if panel == "race" else ("panel",)) + found
             broken += [str(row["case"]) for row in found if row.get("failed") not in (None, OUT_OF_MEMORY)]
-            written = write(NAME, o, rows, began, device(), part="tuning" if o.tune else "")
+            written = write(NAME, o, rows, began, device(), part=part)
     print("->", written)
     if broken:
         raise ValueError(f"gpu: failed, for the reasons above: {'; '.join(broken)}")

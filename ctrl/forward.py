@@ -23,7 +23,14 @@ action's cost with the opposite sign, and they cancel: the direction of the poli
 
 At the optimum G is V*(0, X_0), one number a start: the variance vanishes. The log-ratio must be that of the densities,
 its Ito integral included; with the KL rate in its place, or with a pull to the reference beside F = r, as is usual,
-another policy is stationary.
+another policy is stationary. A sum over N steps of the path has an error that goes with x_T, so that a policy trained
+on it stops elsewhere: at N = 20 on mixture-2d with a path KL of 1.17 in place of .98 nats. Without the path, from
+noised ends alone and so for any sampler,
+
+    log dP_a/dP_ref = E[integral of g²/2 (|s(x | x_T) - a_ref|² - |s(x | x_T) - a|²) dt | x_T],
+
+exact where both are scores of their own laws: each side's denoising loss is then minus its log-density, but for a
+constant. Nodes of its own make it unbiased at any N; it has their noise instead.
 """
 
 from __future__ import annotations
@@ -31,7 +38,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ctrl.linop import broadcast, same_shape
+from ctrl.linop import broadcast, dot, same_shape
 from ctrl.noise import FORWARD, Noise
 from ctrl.problem import ScoreAsAction
 
@@ -50,12 +57,22 @@ def bridge_score(problem: ScoreAsAction, t: Tensor, x: Tensor, end: Tensor) -> T
     return (A * end - x) / S2
 
 
-def renoised_path(problem: ScoreAsAction, times: Tensor, end: Tensor, noise: Noise, ids: Tensor) -> Tensor:
-    """Every end, (B, *D), noised anew to each of the times, (N+1,), independently from one to the next: (N+1, B, *D).
-    At t = T it is the end itself."""
+def log_ratio_rate(problem: ScoreAsAction, t: Tensor, x: Tensor, end: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
+    """g²/2 (|s(x | x_T) - a_ref|² - |s(x | x_T) - a|²), (n,), at noised ends x and times t < T: what log dP_a/dP_ref is
+    in the mean the integral of."""
+    score = bridge_score(problem, t, x, end)
+    off, off_ref = score - a, score - a_ref
+    return problem.rate(t) * (dot(off_ref, off_ref) - dot(off, off)) / 2
+
+
+def renoised_path(
+    problem: ScoreAsAction, times: Tensor, end: Tensor, noise: Noise, ids: Tensor, turn: int = 0
+) -> Tensor:
+    """Every end, (B, *D), noised anew to each of the times, (N+1,), independently from one to the next, and from one
+    `turn` to another: (N+1, B, *D). At t = T it is the end itself."""
     shape, batch = end.shape[1:], len(end)
     states = []
-    for k, t in enumerate(times.unbind()):
+    for k, t in enumerate(times.unbind(), turn * len(times)):
         eps = noise.normal(ids, shape, FORWARD, k).to(end)
         states.append(renoised(problem, t.expand(batch), end, eps))
     return torch.stack(states)

@@ -31,14 +31,14 @@ def trained(algorithm: Algorithm, updates: int = 1, beta: float = 0.5, **setting
 
 def test_an_epoch_s_first_update_by_awm_is_that_of_anchored_forward_matching() -> None:
     """Whatever the clip: before anything has moved, the ratio is 1."""
-    anchored = ForwardMatching(1, 64, keep=1, target="anchored", hold=0.0, critic_updates=0)
-    for clip in (1e-6, 10.0):
-        torch.testing.assert_close(trained(AWM(1, 64, clip))[1][0], trained(anchored)[1][0])
+    for weight, clip in (("eps", 1e-6), ("eps", 10.0), ("x0hat", 1e-3)):
+        anchored = ForwardMatching(1, 64, keep=1, target="anchored", weight=weight, hold=0.0, critic_updates=0)
+        torch.testing.assert_close(trained(AWM(1, 64, clip, weight))[1][0], trained(anchored)[1][0])
 
 
 def test_awm_is_clipped_where_the_ratio_leaves_its_interval() -> None:
     """A node whose loss has gone the way it should has no gradient left: most of them, after a small step."""
-    free, clipped = (trained(AWM(2, 1024, clip), beta=1e-12)[1][1] for clip in (1e9, 1e-9))
+    free, clipped = (trained(AWM(2, 1024, clip, weight="eps"), beta=1e-12)[1][1] for clip in (1e9, 1e-9))
     assert float(clipped.norm()) < 0.5 * float(free.norm())
 
 
@@ -62,7 +62,7 @@ def test_an_epoch_s_first_update_by_nft_does_not_depend_on_its_step() -> None:
     assert float((cut - small).norm()) > 0.1 * float(small.norm())
 
 
-@pytest.mark.parametrize("algorithm", [AWM(2, 64, clip=0.1), DiffusionNFT(2, 64)], ids=["awm", "nft"])
+@pytest.mark.parametrize("algorithm", [AWM(2, 64, clip=0.1, weight="eps"), DiffusionNFT(2, 64)], ids=["awm", "nft"])
 def test_rewards_grow(algorithm: Algorithm) -> None:
     """By more than five standard errors in thirty epochs, at a small price."""
     torch.manual_seed(0)

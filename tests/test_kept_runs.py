@@ -117,7 +117,7 @@ TOY = algorithms.Job("gaussian-1d", "actor-critic", 5, 0, 64)
 TINY = sd_tiny.Job("following-soft", "ddpo", 0, 64, quick=False)
 FORM = cifar10.Job("ddpo", 0, 64, 64, Path("data"))
 DESIGN = critics.Job(critics.SHOWN, 0, 64)
-SIDE = race.Job("ours", 20, 0, 1e-4, 1, 256, "")
+SIDE = race.Job("adjoint matching", 20, 0, 1e-4, 1, 256, "")
 CHANGES = {
     "a method's settings": (TOY, algorithms.METHODS, "actor-critic", algorithms.Method(ActorCritic, {"samples": 32})),
     "an algorithm's number": (TOY, algorithms.METHODS, "actor-critic", algorithms.Method(lambda: ActorCritic(keep=2))),
@@ -127,7 +127,7 @@ CHANGES = {
     "its learning rate": (TINY, sd_tiny.RATE, ("following-soft", "ddpo"), 1e-6),
     "CIFAR-10's method": (FORM, cifar10.METHODS, "ddpo", cifar10.METHODS["ddpo"] | {"ema": 0.5}),
     "a critic's skip": (replace(DESIGN, design="constant, both"), critics.SKIPS, "constant", critics.COSINE),
-    "our side of the race": (SIDE, race.OWN, "beta", 0.2),
+    "our side of the race": (SIDE, race.ADJOINT, "beta", 0.2),
 }
 
 
@@ -244,7 +244,7 @@ def test_the_methods_that_are_compared_are_those_of_the_committed_results():
             ),
             nats=1.5,
         ),
-        "awm": KLBudget(AWM(updates=8, nodes=128, clip=2.5e-3), nats=3.0),
+        "awm": KLBudget(AWM(updates=8, nodes=128, clip=2.5e-3, weight="x0hat"), nats=3.0),
         "diffusion-nft": KLBudget(DiffusionNFT(updates=8, nodes=128, step=1.0, most=5.0), nats=3.0),
         "flow-grpo": KLBudget(DDPO(passes=2, nodes=64, clip=0.2, chain_kl=True, group=4), nats=3.0),
         "ddpo": DDPO(passes=2, nodes=64, clip=0.2, group=4),

@@ -379,7 +379,7 @@ def test_a_side_answers_and_keeps_its_unet(tmp_path):
 
 
 def test_a_side_that_ends_says_why():
-    with peer.started("trl", TINY) as ask, pytest.raises(RuntimeError, match="No module named 'trl'"):
+    with peer.started("ddpo", TINY) as ask, pytest.raises(RuntimeError, match="No module named 'trl'"):
         ask("epoch")
 
 
@@ -397,19 +397,20 @@ def test_a_copy_for_older_packages_has_the_same_tokens_and_weights():
     assert not pipeline.scheduler.config["clip_sample"]
 
 
-def test_our_time_over_theirs_is_taken_seed_by_seed():
+@pytest.mark.parametrize("by", race.PAIRS)
+def test_our_time_over_theirs_is_taken_seed_by_seed(by):
     runs = {
-        race.Job(side, 20, seed, 1e-4, 1, 256, ""): {"seconds": s, "reached": side == "ours", "path_kl": 1.0}
-        for seed, (ours, theirs) in enumerate([(1.0, 2.0), (1.0, 5.0), (1.0, 4.0)])
-        for side, s in (("ours", ours), ("trl", theirs))
+        race.Job(name, 20, seed, 1e-4, 1, 256, ""): {"seconds": s, "reached": s == 1, "path_kl": 1.0}
+        for seed, times in enumerate([(1.0, 2.0), (1.0, 5.0), (1.0, 4.0)])
+        for name, s in zip(race.PAIRS[by], times, strict=True)
     }
-    row = race.shorter(20, runs)
+    row = race.shorter(by, 20, runs)
     assert (row["ratio"], row["ratio_min"], row["ratio_max"], row["met"]) == (0.25, 0.2, 0.5, True)
-    first = runs[race.Job("ours", 20, 0, 1e-4, 1, 256, "")]
+    first = runs[race.Job(race.PAIRS[by][0], 20, 0, 1e-4, 1, 256, "")]
     first["path_kl"] = 1.1
-    assert race.shorter(20, runs)["met"] is False
+    assert race.shorter(by, 20, runs)["met"] is False
     first |= {"path_kl": 1.0, "reached": False}
-    assert race.shorter(20, runs)["met"] is False
+    assert race.shorter(by, 20, runs)["met"] is False
 
 
 @pytest.mark.parametrize(("gains", "looks", "reached"), [((0.03, 0.05, 0.13), 2 + 3 / 8, True), ((), 5, False)])
@@ -435,7 +436,7 @@ def test_a_race_ends_where_the_reward_is_reached(gains, looks, reached, monkeypa
     monkeypatch.setattr(race, "rewarded", lambda pipeline, steps: next(left))
     nats = itertools.count(0.7, 0.7)
     monkeypatch.setattr(race, "paid", lambda tuned: next(nats))
-    job = race.Job("ours", 20, 0, 1e-4, 6, 640, "")
+    job = race.Job("adjoint matching", 20, 0, 1e-4, 6, 640, "")
     race.run(job, tmp_path)
     found = json.loads((tmp_path / f"{job.key}.json").read_text())
     assert found["reached"] is reached and len(found["looks"]) == 1 + math.ceil(looks)

@@ -5,8 +5,8 @@ Both take an epoch's ends x_T, noise them anew to x, and see one loss a node. A 
 samples of its condition. The papers divide A by a deviation; Adam does not see the scale of a loss, so that here the
 price of a nat, beta, stays in units of the reward instead. With e = sigma (s(x | x_T) - a), which is eps_theta - eps:
 
-    AWM   ℓ = -½ |e|²/D,  rho = exp(ℓ - ℓ_old):  -D min(rho A, clip(rho, 1 - clip, 1 + clip) A)
-          + beta ½ |sigma (a - a_ref)|², uniformly over log-SNR
+    AWM   ℓ = -w ½ |e|²/D,  rho = exp(ℓ - ℓ_old):  -D min(rho A, clip(rho, 1 - clip, 1 + clip) A)
+          + w beta ½ |sigma (a - a_ref)|², uniformly over log-SNR, w as `ForwardMatching` has it
           (Advantage Weighted Matching, arXiv 2509.25050, without its pull to an average of the weights)
     NFT   with x0hat± = x0hat_old ± step (x0hat - x0hat_old) and r = ½ (1 + clip(A/(most s), ±1)), s the deviation of
           rewards,  most s/step [r |x0hat+ - x_T|²/w+ + (1 - r) |x0hat- - x_T|²/w-] + beta |sigma (a - a_ref)|²,
@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from ctrl.algorithms.base import Algorithm
-from ctrl.algorithms.forward_matching import check_reversal, lay_gains, renoise
+from ctrl.algorithms.forward_matching import check_reversal, lay_gains, regression_weight, renoise
 from ctrl.forward import bridge_score
 from ctrl.linop import broadcast, dot
 from ctrl.noise import Noise
@@ -85,18 +85,22 @@ class AWM(AdvantageMatching):
     Attributes:
         clip: half-width of the ratio's interval. The ratio is that of means over dimensions: the nats that an interval
             allows grow with their number.
+        weight: in which prediction the regression is uniform over log-SNR, eps or x0hat. The paper's is in the velocity
+            of a rectified flow, uniform in its time: at the noise end that is x0hat's.
     """
 
     clip: float = 1e-3
+    weight: Literal["eps", "x0hat"] = "x0hat"
 
     def loss(self, problem: ScoreAsAction, a: Tensor, n: Nodes, deviation: float) -> Tensor:
         score, dim = bridge_score(problem, n.t, n.x, n["end"]), a[0].numel()
         variance = problem.noising.sigma(problem.s(n.t)).square()
-        now, old = (-variance * dot(score - v, score - v) / (2 * dim) for v in (a, n["a_old"]))
+        square = regression_weight(problem, n.t, self.weight) * variance
+        now, old = (-square * dot(score - v, score - v) / (2 * dim) for v in (a, n["a_old"]))
         ratio, A, off = (now - old).exp(), n["gain"], a - n["a_ref"]
         gain = torch.minimum(ratio * A, ratio.clamp(1 - self.clip, 1 + self.clip) * A)
         log_snr = n.w * problem.rate(n.t) / variance  # what a node stands for
-        return log_snr * (problem.beta * variance * dot(off, off) / 2 - dim * gain)
+        return log_snr * (problem.beta * square * dot(off, off) / 2 - dim * gain)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ follows
 the usual denoising loss on its own samples (s = grad_x log p(x | x_T), so sigma (s - a) is eps_theta - eps), times how
 much better than expected they are. Two returns:
 
-    soft      G = r - beta log dP_a/dP_ref along the whole path. If the policy is the score of its own law, this is the
-              gradient of J, and at the optimum G is the same on all paths: the variance vanishes.
+    soft      G = r - beta log dP_a/dP_ref, the log-ratio from noised ends of its own (`ctrl.forward`), whatever the
+              sampler. If the policy is the score of its own law, this is the gradient of J.
     anchored  G = r, and + w beta ½ |sigma (a - a_ref)|² in the loss: what public codes have (Reinforce Adjoint
               Matching, arXiv 2605.10759, and its relatives). It stops short of the optimum, by a few per cent of the
               regret, for it lacks what later actions cost.
@@ -39,8 +39,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from ctrl.algorithms.base import Algorithm, check_price
-from ctrl.evaluation import increments, policy_slope, targets
-from ctrl.forward import bridge_score, renoised_path
+from ctrl.forward import bridge_score, log_ratio_rate, renoised_path
 from ctrl.linop import dot
 from ctrl.noise import Noise
 from ctrl.problem import Problem, ScoreAsAction
@@ -104,14 +103,10 @@ class ForwardMatching(Algorithm):
 
     def lay_returns(self, run: Run, batch: Batch) -> None:
         """Beside every node its sample's G."""
-        path, problem = batch.trajectory, run.problem
-        assert path.reward is not None
-        G = path.reward
+        problem, G = run.problem, batch.trajectory.reward
+        assert isinstance(problem, ScoreAsAction) and G is not None
         if self.target == "soft":
-            a, a_ref = batch.fields["a_old"], batch.fields["a_ref"]
-            t, _, ids = path.flat()
-            p = policy_slope(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).view(path.x.shape)
-            G = targets(problem, path, None, increments(problem, path, a, a_ref, a, p, run.conditions(ids)), 0)[0]
+            G = G - problem.beta * log_ratio(run, batch)
         batch.lay("return", G.expand(batch.steps + 1, -1))
 
     def loss(self, run: Run, n: Nodes) -> Tensor:
@@ -120,7 +115,7 @@ class ForwardMatching(Algorithm):
         assert isinstance(problem, ScoreAsAction)
         a = run.policy(n.t, n.x, n.cond)
         miss = bridge_score(problem, n.t, n.x, n["end"]) - a
-        w = (-problem.noising.log_snr(problem.s(n.t))).exp() if self.weight == "x0hat" else torch.ones_like(n.t)
+        w = regression_weight(problem, n.t, self.weight)
         gain = n["gain"]
         if self.hold:
             gain = gain.clamp(-self.hold * problem.beta, self.hold * problem.beta) + self.hold * problem.beta
@@ -147,6 +142,11 @@ def check_reversal(problem: Problem, who: str) -> None:
     check_price(problem)
 
 
+def regression_weight(problem: ScoreAsAction, t: Tensor, weight: str) -> Tensor:
+    """w, (n,), at times t: with it the regression is uniform over log-SNR in eps, or in x0hat."""
+    return (-problem.noising.log_snr(problem.s(t))).exp() if weight == "x0hat" else torch.ones_like(t)
+
+
 def renoise(problem: ScoreAsAction, batch: Batch, noise: Noise) -> None:
     """From here on the states of the batch are its ends, noised anew; the ends themselves lie beside them."""
     path, end = batch.trajectory, batch.trajectory.x[-1]
@@ -155,6 +155,21 @@ def renoise(problem: ScoreAsAction, batch: Batch, noise: Noise) -> None:
     batch.trajectory = replace(path, x=x, a=None, xi=None)
     batch.fields = {"return": batch.fields["return"]}
     batch.lay("end", end.expand_as(x))
+
+
+def log_ratio(run: Run, batch: Batch) -> Tensor:
+    """log dP_a/dP_ref of a batch's ends under the policy as it is, from nodes that nothing else is learned from, (B,).
+    What stands at the last node is what stands at the one before, where noise is left."""
+    problem, path = run.problem, batch.trajectory
+    assert isinstance(problem, ScoreAsAction)
+    x = renoised_path(problem, path.t, path.x[-1], Noise(run.settings.seed, run.epoch), path.ids, turn=1)
+    nodes = Batch(replace(path, x=x, a=None, xi=None))
+    a, a_ref = (run.at_nodes(f, nodes) for f in (run.policy, problem.reference))
+    t, *states = (v[: batch.steps * batch.samples] for v in (
+        nodes.trajectory.flat()[0], *(v.flatten(0, 1) for v in (x, path.x[-1:].expand_as(x), a, a_ref))
+    ))  # fmt: skip
+    rate = log_ratio_rate(problem, t, *states).view(batch.steps, -1)
+    return nodes.integrate(torch.cat([rate, rate[-1:]]))
 
 
 def lay_gains(run: Run) -> None:
