@@ -161,8 +161,8 @@ def soft_return(problem, path, a, a_ref) -> Tensor:
 
 def test_the_log_ratio_of_noised_ends_is_that_of_their_densities_in_the_mean():
     """L(x_T) - E[L_0(x_0) | x_T], L = log p_a/p_ref, for policies that are scores of their own laws: by each end, over
-    the noise of its nodes. The last step, where the rate has no bound, is left out on both sides; the trapezoidal rule's
-    error is less than the standard error here."""
+    the noise of its nodes. The last step, where the rate has no bound, is left out on both sides; the error of the
+    trapezoidal rule is less than the standard error here."""
     problem, p, L = half_tilt("mixture-2d", 2)
     ends, again, steps = torch.tensor([[1.2, 0.1], [-0.9, 1.0], [-0.4, -1.4]]), 4_000, 80
     end, times = ends.repeat_interleave(again, 0), grids.natural(problem, steps)
