@@ -154,8 +154,8 @@ class TheirDDPO(TRL):
 
 
 class AlignProp(TRL):
-    """`AlignPropTrainer`: back through the last steps, a random number of them, from the reward. Each of its steps
-    draws the images that it learns from."""
+    """`AlignPropTrainer`: back from the reward through the last steps, a random number of them and at least one. Each of
+    its optimiser steps draws the images that it learns from."""
 
     def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
         from trl import AlignPropConfig, AlignPropTrainer
@@ -163,7 +163,7 @@ class AlignProp(TRL):
         work = self.work
         batch = min(work.batch, work.samples // work.updates)
         config = AlignPropConfig(
-            **self.same, train_batch_size=batch, truncated_rand_backprop_minmax=(0, work.steps),
+            **self.same, train_batch_size=batch, truncated_rand_backprop_minmax=(0, work.steps - 1),
             train_gradient_accumulation_steps=work.samples // work.updates // batch,
         )  # fmt: skip
         return AlignPropTrainer(config, self.reward, prompt, self.pipeline)

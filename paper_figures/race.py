@@ -39,7 +39,9 @@ def draw(results: Results) -> Figure:
     for ax, (across, words) in zip(axes, product(ACROSS, steps), strict=True):
         for racer in RACERS:
             runs(ax, racer, across, looks.get((f"{racer}, {words}",), []))
-        ax.axhline(max(goal for case, goal in goals.items() if case.endswith(words) and goal), color="0.5", linewidth=0.8)
+        ax.axhline(
+            max(goal for case, goal in goals.items() if case.endswith(words) and goal), color="0.5", linewidth=0.8
+        )
         ax.set(xlabel=ACROSS[across], ylabel="gain in the mean reward" if words == steps[0] else "")
         if across == "seconds":
             ax.set_title(f"${words}$")

@@ -163,8 +163,8 @@ class Tuning:
     gamma: float = 0.0
     """Weight of the policy's entropy in reward, for q-learning alone: the variance of its actions is gamma/R."""
     kl: float | None = None
-    """Path KL to come to, in nats an image: beta is found for it, whatever the reward's scale, in place of the value
-    above, and what is saved is brought to it."""
+    """Path KL to come to, in nats an image, the mean over the prompts trained on: beta is found for it, whatever the
+    reward's scale, in place of the value above, and what is saved is brought to it."""
 
     solver: str = "2m"
     """How pictures are drawn in training: 2m, heun (two calls a step), ddim, exponential, or diffusers/NAME for one of

@@ -135,26 +135,25 @@ def test_what_it_says_of_what_falls_short_is_what_was_measured():
 
 
 def test_its_table_of_the_race_is_what_was_measured():
-    sides = {"ours": "adjoint matching", "trl": "TRL's DDPO"}
     ends = [row for row in rows("throughput", "race") if row["lr"] is not None]
     assert len(ends) == 4
     for r in ends:
-        side, n = r["case"].split(", N = ")
+        racer, n = r["case"].split(", N = ")
         images = f"{r['images']:,.0f}" + ("" if r["reached"] == r["seeds"] else ", given up")
         numbers = f"{r['seconds']:.0f} ± {r['seconds_se']:.0f} s | {r['gain']:.3f} | {r['path_kl']:.1f}"
-        assert f"| {sides[side]} | {n} | {images} | {numbers} |" in README
+        assert f"| {racer} | {n} | {images} | {numbers} |" in README
     found = {row["case"]: row for row in ends}
     for n in (20, 50):
-        ours, theirs = (found[f"{side}, N = {n}"] for side in sides)
+        ours, theirs = (found[f"{side}, N = {n}"] for side in ("adjoint matching", "TRL's DDPO"))
         assert ours["reached"] == ours["seeds"] and theirs["reached"] == 0
         assert theirs["gain"] < ours["goal"] / 2 and theirs["path_kl"] > ours["path_kl"]
-    assert {(case[:3], row["updates"]) for case, row in found.items()} == {("trl", 4), ("our", 6)}
+    assert {(case[:3], row["updates"]) for case, row in found.items()} == {("TRL", 4), ("adj", 6)}
 
 
 def test_what_it_says_of_the_search_is_what_was_measured():
     tried = {(row["case"][:3], row["lr"], row["updates"]): row for row in rows("throughput_tuning", "tuning")}
-    ours = {lr: row for (side, lr, _), row in tried.items() if side == "our" and row["reached"] and row["within"]}
-    theirs = {key[1:]: row for key, row in tried.items() if key[0] == "trl"}
+    ours = {lr: row for (side, lr, _), row in tried.items() if side == "adj" and row["reached"] and row["within"]}
+    theirs = {key[1:]: row for key, row in tried.items() if key[0] == "TRL"}
     assert set(ours) == {7e-6, 2e-5, 6e-5} and not any(row["reached"] for row in theirs.values())
     assert max((r for r in theirs.values() if r["within"]), key=lambda r: r["gain"]) is theirs[7e-6, 4]
     times, nats = (", ".join(f"{ours[lr][what]:{form}}" for lr in (7e-6, 2e-5)) + f" and {ours[6e-5][what]:{form}}"
