@@ -154,8 +154,8 @@ class TheirDDPO(TRL):
 
 
 class AlignProp(TRL):
-    """`AlignPropTrainer`: back from the reward through the last steps, a random number of them and at least one. Each of
-    its optimiser steps draws the images that it learns from."""
+    """`AlignPropTrainer`: back from the reward through a random number of the last steps, at least one. Each of its
+    optimiser steps draws the images that it learns from."""
 
     def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
         from trl import AlignPropConfig, AlignPropTrainer

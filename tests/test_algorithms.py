@@ -254,7 +254,7 @@ def test_forward_matching_is_the_policy_gradient_of_a_score_of_its_own_law(where
 
 @pytest.mark.parametrize("hold", [0.0, 1.0])
 def test_forward_matching_stands_still_at_the_optimum(hold):
-    """The default hold too: nothing is clipped there."""
+    """The default hold too: what is clipped there is noise on both sides of zero."""
     still = Still(lambda b, n: ForwardMatching(1, b * n, 1, hold=hold, critic_updates=0), 1, 20, 768)
     assert far(still.estimate(case("gaussian-1d at its optimum")), torch.zeros(2)) < 1
 

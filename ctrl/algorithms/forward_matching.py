@@ -24,8 +24,8 @@ E[s - a | x] = 0 holds for a policy that is the score of its own law alone, and 
 pushes the policy further off. So the baseline is a critic, fitted to G at earlier epochs' nodes, or else the mean of G
 over other samples, of the same condition as far as conditions are known to differ. G' is clipped at `hold` beta, and as
 much is added to it: zero in the mean where the policy is the score of its own law, and elsewhere a pull to it, with a
-loss that is bounded from below. Where the clip cuts, the step is shorter than the gradient's; at the optimum, where G'
-is zero, it cuts nothing.
+loss that is bounded from below. Where the clip cuts, the step is shorter than the gradient's; at the optimum it
+cuts the noise of the log-ratio alone, on both sides of zero.
 """
 
 from __future__ import annotations
@@ -165,9 +165,8 @@ def log_ratio(run: Run, batch: Batch) -> Tensor:
     x = renoised_path(problem, path.t, path.x[-1], Noise(run.settings.seed, run.epoch), path.ids, turn=1)
     nodes = Batch(replace(path, x=x, a=None, xi=None))
     a, a_ref = (run.at_nodes(f, nodes) for f in (run.policy, problem.reference))
-    t, *states = (v[: batch.steps * batch.samples] for v in (
-        nodes.trajectory.flat()[0], *(v.flatten(0, 1) for v in (x, path.x[-1:].expand_as(x), a, a_ref))
-    ))  # fmt: skip
+    t = path.t[:-1].to(x.dtype).repeat_interleave(batch.samples)
+    states = (v[:-1].flatten(0, 1) for v in (x, path.x[-1:].expand_as(x), a, a_ref))
     rate = log_ratio_rate(problem, t, *states).view(batch.steps, -1)
     return nodes.integrate(torch.cat([rate, rate[-1:]]))
 
