@@ -71,7 +71,16 @@ from ctrl import (
     grids,
     rollout,
 )
-from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, Algorithm, PathConsistency, PolicyIteration, PPOPenalty
+from ctrl.algorithms import (
+    DDPO,
+    ActorCritic,
+    AdjointMatching,
+    Algorithm,
+    ForwardMatching,
+    PathConsistency,
+    PolicyIteration,
+    PPOPenalty,
+)
 from ctrl.bridge import AdaptiveEuler
 from ctrl.evaluation import increments, targets
 from ctrl.fit import Run, Settings, fit
@@ -113,6 +122,9 @@ METHODS: dict[str, Method] = {
     ),  # at the default rates it runs away
     "ppo": Method(PPOPenalty, _LARGE),
     "adjoint-matching": Method(AdjointMatching, {**_LARGE, "lr": 2.5e-3}),
+    "forward-matching": Method(
+        lambda: ForwardMatching(keep=16, nodes=4096), {**_LARGE, "lr": 2.5e-3, "critic_lr": 1e-2}
+    ),  # not searched for yet
     "ddpo-maruyama": Method(DDPO, {**_CHAIN, "lr": 2.5e-3}),
     "ddpo-euler": Method(DDPO, {**_CHAIN, "solver": IntegratedEuler(), "lr": 2.5e-3}),
     "ddpo-2m": Method(DDPO, {**_LARGE, "jitter": 0.0, "solver": Multistep2(), "lr": 5e-3}),

@@ -225,7 +225,7 @@ def test_pictures_are_of_their_settings(tmp_path, monkeypatch):
 def test_the_methods_that_are_compared_are_those_of_the_committed_results():
     """Whatever defaults an algorithm has: its own options say all that differs between them."""
     found = {
-        name: tuning.algorithm_of(replace(TINY, method=name, images=1600).settings(Path()), True)
+        name: tuning.algorithm_of(replace(TINY, method=name, images=1600, lr=1e-4).settings(Path()), True)
         for name in sd_tiny.METHODS
     }
     assert found == {
@@ -357,6 +357,13 @@ def test_the_rates_of_stable_diffusion_are_what_the_search_found(reward, method)
     first, group = best("sd_tiny_tuning", worth, reward=reward, algorithm=method)
     (taken,) = (row for row in group if row["lr"] == sd_tiny.RATE[reward, method])
     assert round(taken["gain"], 3) == round(first["gain"], 3)
+
+
+def test_a_method_without_a_learning_rate_is_sent_to_the_search(monkeypatch):
+    monkeypatch.delitem(sd_tiny.RATE, ("following-soft", "adjoint-matching"))
+    with pytest.raises(ValueError, match="method: adjoint-matching has no learning rate yet: --tune finds it"):
+        sd_tiny.SDTinyOptions(method=("ddpo", "adjoint-matching"))
+    assert sd_tiny.SDTinyOptions(method=("adjoint-matching",), tune=True).tune
 
 
 @pytest.mark.parametrize("method", cifar10.RATE)
