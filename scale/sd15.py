@@ -461,7 +461,7 @@ def sample(o: Sample) -> Path:
 APART: dict[str, dict[str, Any]] = {
     "reward": {
         "algorithm": "forward-matching", "critic": "network", "options": (), "other_reward": None, "kl": 1.5,
-        "lr": 6e-5, "ema": 0.97, "warmup": 3,
+        "epochs": 16, "lr": 6e-5, "ema": 0.97, "warmup": 3,
     },
     "algorithm": {"options": (), "warmup": 3}, "prompts": {"eval_prompts": None}, "beta": {"kl": None},
 }  # fmt: skip
