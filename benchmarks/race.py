@@ -103,7 +103,8 @@ RACERS = {
     "TRL's AlignProp": Racer("alignprop", (1, 4), (7e-6, 1)),
 }
 """TRL's DDPO got furthest in the search within NATS. Adjoint matching was fastest there at 6e-5, within too, but tried
-on the race's seeds it paid twice the nats of 2e-5, which is taken."""
+on the race's seeds it paid twice the nats of 2e-5, which is taken. Forward matching and AlignProp are still to be
+searched for."""
 PAIRS = {"values": ("forward matching", "TRL's DDPO"), "gradient": ("adjoint matching", "TRL's AlignProp")}
 """Who races with whom, by what they take of the reward."""
 
