@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -73,7 +74,7 @@ class Side(Protocol):
         """The UNet."""
 
 
-class TRL:
+class TRL(ABC):
     """A trainer of TRL's, full fine-tuning."""
 
     def __init__(self, work: Work) -> None:
@@ -96,19 +97,27 @@ class TRL:
     def same(self) -> dict[str, Any]:
         """What all its trainers are told."""
         work = self.work
+        batch = min(work.batch, work.samples // work.updates)
         return {
+            "train_batch_size": batch, "train_gradient_accumulation_steps": work.samples // work.updates // batch,
             "num_epochs": 10**6, "seed": work.seed, "mixed_precision": "no", "sample_num_steps": work.steps,
             "sample_guidance_scale": work.guidance, "train_learning_rate": work.lr, "save_freq": 10**6,
             "project_kwargs": {"project_dir": tempfile.mkdtemp()},
         }  # fmt: skip
 
+    @abstractmethod
     def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
         """The trainer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def learn(self) -> None:
-        """An epoch's images, and what is learned from them."""
-        raise NotImplementedError
+        """Draw an epoch's images and learn from them."""
+
+    def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
+        """As a trainer asks for it."""
+        found = shapes.following_soft(images, texts)
+        self.rewards += found.tolist()
+        return found, {}
 
     def epoch(self) -> float:
         self.rewards = []
@@ -134,20 +143,15 @@ class TheirDDPO(TRL):
         from trl import DDPOConfig, DDPOTrainer
 
         work = self.work
-        batch = min(work.batch, work.samples // work.updates)
         config = DDPOConfig(
             **self.same, sample_batch_size=work.batch, sample_num_batches_per_epoch=work.samples // work.batch,
-            train_batch_size=batch, train_gradient_accumulation_steps=work.samples // work.updates // batch,
             train_cfg=work.guidance > 1,
         )  # fmt: skip
         return DDPOTrainer(config, self.reward, prompt, self.pipeline)
 
     def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
-        """As the trainer asks for it."""
         with torch.no_grad():
-            found = shapes.following_soft(images, texts)
-        self.rewards += found.tolist()
-        return found, {}
+            return super().reward(images, texts, metadata)
 
     def learn(self) -> None:
         self.trainer.step(self.count, self.count)
@@ -160,19 +164,8 @@ class AlignProp(TRL):
     def made(self, prompt: Callable[[], tuple[str, dict[str, Any]]]) -> Any:
         from trl import AlignPropConfig, AlignPropTrainer
 
-        work = self.work
-        batch = min(work.batch, work.samples // work.updates)
-        config = AlignPropConfig(
-            **self.same, train_batch_size=batch, truncated_rand_backprop_minmax=(0, work.steps - 1),
-            train_gradient_accumulation_steps=work.samples // work.updates // batch,
-        )  # fmt: skip
+        config = AlignPropConfig(**self.same, truncated_rand_backprop_minmax=(0, self.work.steps - 1))
         return AlignPropTrainer(config, self.reward, prompt, self.pipeline)
-
-    def reward(self, images: Any, texts: Any, metadata: Any) -> tuple[Any, dict[str, Any]]:
-        """With its gradient."""
-        found = shapes.following_soft(images, texts)
-        self.rewards += found.tolist()
-        return found, {}
 
     def learn(self) -> None:
         for k in range(self.work.updates):

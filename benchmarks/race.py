@@ -5,10 +5,10 @@ peer     one epoch of DDPO, the same work: same steps, batches, guidance, reward
 race     time in training until the mean reward of JUDGED pictures, drawn by the pipeline's own call in N steps of DDIM
          from one noise, has grown by GAIN, and the path KL that was paid by then. Looks are EVERY pictures apart, their
          time does not count, and the moment is interpolated. By the reward's values alone forward matching races with
-         TRL's DDPO, by its gradient adjoint matching with TRL's AlignProp. TRL's are as they are, on N steps; ours have
-         the options of the default runs, in epochs of as many pictures and half their nodes, on TEN steps whatever N:
-         the policy is of continuous time. Learning rates, and TRL's numbers of updates an epoch, are from a search
-         (`--tune`) with a seed of its own: see RACERS.
+         TRL's DDPO, by its gradient adjoint matching with TRL's AlignProp. TRL's trainers are used unchanged, on N
+         steps. Ours have the options of the default runs, epochs of as many pictures and half as many nodes; they train
+         on TEN steps whatever N is, since their policy is defined in continuous time. A search with its own seed
+         (`--tune`) finds learning rates and TRL's updates per epoch; RACERS lists what it has not covered yet.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ADJOINT: dict[str, Any] = {
     "algorithm": "adjoint-matching", "options": ["nodes=128", "updates=6"], "beta": 0.1, "solver": "2m",
     "grid": "log-snr", "jitter": 0.4, "warmup": 0, "micro_batch": 64,
 }  # fmt: skip
-FORWARD = ADJOINT | {"algorithm": "forward-matching", "options": ["nodes=128", "updates=8"], "kl": 1.5}
+FORWARD = ADJOINT | {"algorithm": "forward-matching", "options": ["nodes=128", "updates=8"], "kl": 1.5, "warmup": 3}
 EPOCH = Work(samples=16, batch=16, guidance=5.0)
 
 

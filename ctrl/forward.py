@@ -30,7 +30,7 @@ noised ends alone and so for any sampler,
     log dP_a/dP_ref = E[integral of g²/2 (|s(x | x_T) - a_ref|² - |s(x | x_T) - a|²) dt | x_T],
 
 exact where both are scores of their own laws: each side's denoising loss is then minus its log-density, but for a
-constant. Nodes of its own make it unbiased at any N; it has their noise instead.
+constant. Besides the noise of its nodes, the quadrature over them is its only error.
 """
 
 from __future__ import annotations

@@ -171,9 +171,10 @@ def test_the_log_ratio_of_noised_ends_is_that_of_their_densities_in_the_mean():
     a, a_ref = p.score(problem.s(t), flat), problem.reference(t, flat)
     rate = log_ratio_rate(problem, t, flat, end.expand_as(x).flatten(0, 1), a, a_ref).view(steps, -1)
     exact = L(t, flat).view(steps, -1)
-    off = torch.trapezoid(rate, times[:-1].to(rate), dim=0) - (exact[-1] - exact[0])
+    found = torch.trapezoid(rate, times[:-1].to(rate), dim=0)
+    off = found - (exact[-1] - exact[0])
     assert max(abs(float(Estimate.of(v).z(0.0))) for v in off.view(len(ends), again)) < z_bound(3)
-    assert float(off.view(len(ends), again).mean(1).abs().max()) < 0.03 < 0.3 < float((exact[-1] - exact[0]).std())
+    assert min(abs(float(Estimate.of(v).z(0.0))) for v in found.view(len(ends), again)) > z_bound(3)  # not by noise
 
 
 def test_the_log_ratio_of_a_path_is_that_of_its_ends():

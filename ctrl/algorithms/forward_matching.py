@@ -165,7 +165,7 @@ def log_ratio(run: Run, batch: Batch) -> Tensor:
     x = renoised_path(problem, path.t, path.x[-1], Noise(run.settings.seed, run.epoch), path.ids, turn=1)
     nodes = Batch(replace(path, x=x, a=None, xi=None))
     a, a_ref = (run.at_nodes(f, nodes) for f in (run.policy, problem.reference))
-    t = path.t[:-1].to(x.dtype).repeat_interleave(batch.samples)
+    t = nodes.trajectory.flat()[0][: batch.steps * batch.samples]
     states = (v[:-1].flatten(0, 1) for v in (x, path.x[-1:].expand_as(x), a, a_ref))
     rate = log_ratio_rate(problem, t, *states).view(batch.steps, -1)
     return nodes.integrate(torch.cat([rate, rate[-1:]]))
