@@ -85,7 +85,7 @@ from ctrl.bridge import AdaptiveEuler
 from ctrl.evaluation import increments, targets
 from ctrl.fit import Run, Settings, fit
 from ctrl.gaussian import Mean
-from ctrl.replay import with_reward
+from ctrl.rollout import with_reward
 from ctrl.solvers import Solver
 from toy import catalogue
 from toy.catalogue import Entry

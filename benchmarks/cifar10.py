@@ -184,7 +184,7 @@ class Seen:
         self.curve: list[tuple[int, float]] = []
 
     def __call__(self, run: Any, metrics: dict[str, Any]) -> None:
-        self.features.append(features(pictures_of(None, run.replay.batches[-1].trajectory.x[-1])))
+        self.features.append(features(pictures_of(None, run.replay.collections[-1].trajectory.x[-1])))
         if len(self.features) >= WINDOW:
             found = Moments.of(torch.cat(self.features[-WINDOW:]))
             self.curve.append((metrics["trajectories"], frechet(found, Moments.embedded())))

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -40,9 +40,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
 from benchmarks.report import Options, Row, table, write
-from ctrl import NetworkCritic, checkpoint
+from ctrl import NetworkCritic
 from ctrl.algorithms import ActorCritic, Algorithm
+from ctrl.algorithms.base import Context, Update
 from ctrl.fit import Result, Run, Settings, fit
+from ctrl.training import files
 from toy import catalogue
 from toy.networks import Policy, Value
 
@@ -146,15 +148,19 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 def same(a: Path, b: Path) -> bool:
     """Whether two runs ended alike: bit by bit, and line by line but for the time that things took."""
-    ends = [checkpoint.newest(out) for out in (a, b)]
+    ends = [files.newest(out) for out in (a, b)]
     if None in ends or len({end.name for end in ends if end}) > 1:
         return False
-    held = [sorted(f.name for f in end.glob("*") if f.suffix in (".safetensors", ".bin")) for end in ends if end]
+    held = [
+        sorted(f.name for f in end.glob("*") if f.suffix == ".safetensors" or f.stem.endswith("-optimizer"))
+        for end in ends
+        if end
+    ]
     return held[0] == held[1] and records(a) == records(b) and all(_alike(ends[0] / f, ends[1] / f) for f in held[0])  # type: ignore[operator]
 
 
 def _alike(a: Path, b: Path) -> bool:
-    if a.suffix == ".bin":
+    if a.suffix == ".pt":
         x, y = (torch.load(f, weights_only=True) for f in (a, b))
         return str(x) == str(y) and all(
             torch.equal(v, w)
@@ -275,18 +281,18 @@ def damaged(ground: Ground, n: int, damage: Callable[[random.Random, Path], None
     """One file of the newest checkpoint is damaged: the one before serves, with a warning, to the same end (which is
     looked at `on` times); and with both damaged there is an error."""
     out = ground.place("short")
-    last, before = checkpoint.folders(out)[:2]
+    last, before = files.folders(out)[:2]
     damage(ground.rng, ground.rng.choice(sorted(last.iterdir())))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = checkpoint.newest(out)
+        found = files.newest(out)
         if n < on:
             toy(out, epochs=4, schedule=tail, keep_checkpoints=2)
     right = found == before and any("passed over" in str(w.message) for w in said)
     if n < on:
         return right and same(out, ground.folder / "short")
     damage(ground.rng, ground.rng.choice(sorted(before.iterdir())))
-    for folder in checkpoint.folders(out)[2:]:
+    for folder in files.folders(out)[2:]:
         shutil.rmtree(folder)
     return right and refused(lambda: toy(out, epochs=4, schedule=tail), "is whole: begin in another folder")
 
@@ -332,12 +338,12 @@ def another(ground: Ground, n: int, message: str, **changes: Any) -> bool:
 def another_version(ground: Ground, n: int) -> bool:
     """A whole checkpoint of another format."""
     out = ground.place("short")
-    folder = checkpoint.folders(out)[0]
-    file = folder / checkpoint.PROGRESS
+    folder = files.folders(out)[0]
+    file = folder / files.PROGRESS
     progress = json.loads(file.read_text())
     progress["must_agree"]["format"] = 1
     file.write_text(json.dumps(progress))
-    (folder / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest(folder)))
+    (folder / files.MANIFEST).write_text(json.dumps(files.manifest(folder)))
     return refused(lambda: toy(out, epochs=4, schedule=tail), "format = 1, this run has")
 
 
@@ -362,7 +368,7 @@ def failing_reward(ground: Ground, n: int, fault: Callable[[torch.Tensor], Any],
         return fault(good(x, cond)) if calls == 8 else good(x, cond)
 
     right = refused(lambda: toy(out, reward=reward, checkpoint_every=5, patience=1), message)
-    newest = checkpoint.newest(out)
+    newest = files.newest(out)
     toy(out)
     return right and newest is not None and newest.name == "epoch-000007" and same(out, ground.whole)
 
@@ -415,20 +421,17 @@ class Poisoned(ActorCritic):
 
     factor: Callable[[int, int], float] = staticmethod(lambda epoch, n: 1.0)
 
-    def learn(self, run: Run) -> None:
-        update, done = run.update, 0
+    def learn(self, run: Context) -> Iterator[Update]:
+        done = 0
+        for update in super().learn(run):
+            done += update.name == "policy"
+            factor = self.factor(run.noise.epoch, done) if update.name == "policy" else 1.0
+            yield replace(update, loss=partial(self.scaled, update.loss, factor))
 
-        def poisoned(name: str, loss: Any, nodes: Any, size: int, calls: int = 1) -> None:
-            nonlocal done
-            done += name == "policy"
-            factor = self.factor(run.epoch, done) if name == "policy" else 1.0
-            update(name, lambda n: factor * loss(n), nodes, size, calls)
-
-        run.update = poisoned  # type: ignore[method-assign]
-        try:
-            super().learn(run)
-        finally:
-            del run.update
+    @staticmethod
+    def scaled(loss: Any, factor: float, nodes: Any) -> Any:
+        """factor loss."""
+        return factor * loss(nodes)
 
 
 def poisoned(factor: Callable[[int, int], float]) -> Poisoned:
@@ -459,7 +462,7 @@ def overflow(ground: Ground, n: int) -> bool:
     status, said = ended(toy_process(out, fault="overflow"))
     finite = all(math.isfinite(v) for line in records(out) for v in line.values())
     right = status == 1 and "policy: the gradient of" in said and "(3 in a row)" in said
-    return right and finite and checkpoint.newest(out) is not None
+    return right and finite and files.newest(out) is not None
 
 
 def two_runs(ground: Ground, n: int) -> bool:
@@ -531,7 +534,7 @@ def two_processes(ground: Ground, out: Path, fault: str = "") -> subprocess.Pope
 def both_went_on(ground: Ground, out: Path) -> bool:
     """Whether two processes go on to the end, with a checkpoint of both."""
     right = ended(two_processes(ground, out))[0] == 0 and len(records(out)) == EPOCHS
-    return right and len(list(checkpoint.folders(out)[0].glob("replay-*"))) == 2
+    return right and len(list(files.folders(out)[0].glob("replay-*"))) == 2
 
 
 def dead_worker(ground: Ground, n: int) -> bool:
@@ -552,7 +555,7 @@ def one_reward(ground: Ground, n: int, fault: str) -> bool:
     out = ground.place()
     status, said = ended(two_processes(ground, out, fault))
     if fault == "raises":
-        newest = checkpoint.newest(out)
+        newest = files.newest(out)
         right = status != 0 and "no answer" in said and newest is not None and newest.name == "epoch-000003"
     else:
         lines = records(out)

@@ -10,8 +10,8 @@ limit     a rollout, an update of the policy and a whole epoch over the bare pas
 solvers   our rollout over torchsde.sdeint's on mixture-2d, and over the call of diffusers' own pipeline on the embedded
           Stable Diffusion, at equal steps.
 scaling   an epoch's time and memory against batch, steps, nodes, dimension, width and processes: the exponent of each.
-gpu       full fine-tuning at SD v1.5's size with random weights (benchmarks/gpu.py): it needs an accelerator.
-peer      an epoch of full fine-tuning beside TRL's DDPOTrainer (benchmarks/race.py), in an environment of its own.
+gpu       full fine-tuning at SD v1.5's size with random weights (benchmarks/speed/gpu.py): it needs an accelerator.
+peer      an epoch of full fine-tuning beside TRL's DDPOTrainer, in its own environment (benchmarks/speed/race.py).
 race      the time to a reward, ours and TRL's, by the reward's values or by its gradient; hours.
 """
 
@@ -23,32 +23,26 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torchsde
-from accelerate import Accelerator
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from benchmarks.gpu import OUT_OF_MEMORY, gpu
-from benchmarks.peer import environment
-from benchmarks.race import PAIRS, peer, race
 from benchmarks.report import Options, Row, check_among, command_line, device, earlier, others, table, write
-from benchmarks.scaling import scaling
-from benchmarks.timing import Comparison, Passes, Profile, interleaved, patched
-from ctrl import DDIM, EulerMaruyama, NetworkCritic, Noise, ScoreAsAction, grids, rollout
-from ctrl.algorithms import ActorCritic
+from benchmarks.speed.gpu import OUT_OF_MEMORY, gpu
+from benchmarks.speed.peer import environment
+from benchmarks.speed.race import PAIRS, peer, race
+from benchmarks.speed.scaling import scaling
+from benchmarks.speed.subjects import Subject, embedded, mixture
+from benchmarks.speed.timing import Comparison, Passes, interleaved
+from ctrl import DDIM, EulerMaruyama, Noise, ScoreAsAction, grids, rollout
 from ctrl.bridge import TorchSDE
-from ctrl.fit import Run
-from ctrl.fit import Settings as FitSettings
-from scale import cifar10, models, sd15, tuning
+from scale import cifar10, models, sd15
 from scale.diffusion import Prompts, Score, timesteps
 from scale.diffusion import problem as diffusion_problem
 from scale.samplers import sampler
 from toy import catalogue
-from toy.networks import Policy, Value
 
 NAME = "throughput"
 TORCHSDE_STEPS = 128
@@ -83,106 +77,6 @@ class ThroughputOptions(Options):
             raise ValueError("quick must be left out for the race, which ends when the reward is there")
         if self.peer_env is None and {"peer", "race"} & set(self.panel):
             raise ValueError("peer_env must be given for peer and race: --peer-env FOLDER, where TRL is, or will be")
-
-
-# ------------------------------------------------------------------------------------------ subjects
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A training run, and the networks whose passes are the limit."""
-
-    name: str
-    run: Run
-    networks: tuple[nn.Module, ...]
-    bar: float
-    """What a rollout may take over its bare passes."""
-    before: int = 1
-    """Epochs after which all have as much to do."""
-
-    def rollout(self, samples: int) -> Callable[[], object]:
-        """As an epoch begins."""
-        run, settings = self.run, self.run.settings
-        times, ids = settings.grid(run.problem, settings.steps), torch.arange(samples)
-        cond = run.conditions(ids)
-        return lambda: rollout(run.problem, run.policy, times, Noise(0), ids, solver=settings.solver, cond=cond)
-
-    def update(self) -> Callable[[], object]:
-        """The first of the policy's in an epoch."""
-        seen: list[Any] = []
-        update = self.run.update
-
-        def watched(name: str, *given: Any) -> None:
-            if name == "policy":
-                seen.append(given)
-            update(name, *given)
-
-        with patched([(self.run, "update", watched)]):
-            self.run.step_epoch()
-        return lambda: update("policy", *seen[0])
-
-    def profile(self, work: Callable[[], object]) -> dict[str, float]:
-        """Seconds of some of its work by part; slopes go back through the reward and the decoder too."""
-        run, (policy, reference) = self.run, self.networks
-        now, update = ["policy"], run.update
-
-        def updated(name: str, *given: Any) -> None:
-            now[0] = name
-            update(name, *given)
-
-        parts: list[tuple[Any, str, Any]] = [
-            (policy, "forward", "policy"), (reference, "forward", "reference"),
-            (run.accelerator, "backward", lambda *_: f"backward, {now[0]}"),
-            (torch.autograd, "grad", "backward, slopes"), (Noise, "_normals", "random numbers"),
-            (run.problem, "reward", "reward and decoding"),
-            *((learner, "step", "optimiser") for learner in run.learners.values()),
-        ]  # fmt: skip
-        if isinstance(critic := self.run._critic, NetworkCritic):
-            parts.append((critic.network, "forward", "critic"))
-        with patched([(run, "update", updated)]):
-            return Profile(parts).run(work, "arithmetic, memory and Python")
-
-
-class Called(nn.Module):
-    """A function that is counted among the networks."""
-
-    def __init__(self, f: Callable[..., Any]) -> None:
-        super().__init__()
-        self.f = f
-
-    def forward(self, *args: Any) -> Any:
-        return self.f(*args)
-
-
-def mixture() -> Subject:
-    """mixture-2d as `ctrl.fit` has it by default: the actor-critic, a network of 64 x 64, Heun's method."""
-    exact: ScoreAsAction = catalogue.get("mixture-2d").exact.problem
-    torch.manual_seed(0)
-    policy, reference = Policy(exact), Called(exact.reference)
-    problem = replace(exact, reference=reference)
-    critic = NetworkCritic(problem, Value(problem))
-    settings = FitSettings(epochs=10**6, progress=False)
-    algorithm = ActorCritic()
-    run = Run(problem, policy, algorithm, critic, None, settings, Accelerator(cpu=True))
-    return Subject("mixture-2d", run, (policy, reference), 1.15, before=algorithm.keep)
-
-
-def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -> Subject:
-    """One of `scale`'s commands on its embedded model, by its default settings but for the number of pictures."""
-    given = {"out": folder, "log_with": "none", "epochs": 10**6, **changes}
-    return fine_tuning(name, module, replace(module.Settings.read(module.Settings.embedded), **given), bar)
-
-
-def fine_tuning(name: str, module: Any, s: Any, bar: float) -> Subject:
-    """One of `scale`'s commands by these settings."""
-    s = s.resolved()
-    accelerator = tuning.accelerator_of(s)
-    task = module.assemble(s, None, accelerator)
-    run = Run(
-        task.problem, task.learner, task.algorithm, task.critic, task.conditions, replace(task.fit, out=None),
-        accelerator,
-    )  # fmt: skip
-    return Subject(name, run, (task.policy.unet, task.problem.reference.unet), bar)
 
 
 def subjects(folder: Path, quick: bool) -> list[Subject]:

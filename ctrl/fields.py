@@ -1,4 +1,7 @@
-"""Settings that are wrong are refused by name, with what they may be."""
+"""Settings that are wrong are refused by name, with what they may be. A field's limit stands beside its type:
+
+nodes: Count = 1024                          # or Annotated[int, ">= 1"], "> 0", "in [0, 1)"
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,31 @@ import types
 import typing
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+Count = Annotated[int, ">= 1"]
+Amount = Annotated[int, ">= 0"]
+Positive = Annotated[float, "> 0"]
+NotNegative = Annotated[float, ">= 0"]
 
 _WORDS = {int: "an integer", float: "a number", bool: "true or false", str: "a text", Path: "a path"}
 
 
-def check_fields(made: Any, limits: Mapping[str, str]) -> None:
+def check_fields(made: Any, limits: Mapping[str, str] = MappingProxyType({})) -> None:
     """Raise ValueError at the first field of a dataclass that is not of its type or not within its limit: ">= 1",
     "> 0", "in [0, 1)". Only an interval that is closed at inf holds it. What is not of a plain type is not looked at.
+
+    limits: further ones, by name.
     """
-    for name, kind in typing.get_type_hints(type(made)).items():
-        value = getattr(made, name, None)
-        said = _fault(value, kind)
+    for name, kind in typing.get_type_hints(type(made), include_extras=True).items():
+        annotated, value = typing.get_origin(kind) is Annotated, getattr(made, name, None)
+        said = _fault(value, typing.get_args(kind)[0] if annotated else kind)
         if said is not None:
             raise ValueError(f"{name} must be {said}, got {value!r}")
-        if name in limits and value is not None and not within(value, limits[name]):
-            raise ValueError(f"{name} must be {limits[name]}, got {value!r}")
+        for limit in (*(kind.__metadata__ if annotated else ()), *filter(None, [limits.get(name)])):
+            if value is not None and not within(value, limit):
+                raise ValueError(f"{name} must be {limit}, got {value!r}")
 
 
 def _fault(value: Any, kind: Any) -> str | None:

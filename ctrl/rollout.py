@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -213,3 +213,20 @@ def check_finite(trajectory: Trajectory) -> None:
         f"{int(trajectory.ids[sample])}: look at the policy's output there, or take more steps",
         t=trajectory.t, x=trajectory.x[:, sample], ids=trajectory.ids[sample : sample + 1],
     )  # fmt: skip
+
+
+def with_reward(path: Trajectory, reward: Tensor) -> Trajectory:
+    """The trajectory with its reward, (B,), checked."""
+    shape = tuple(reward.shape) if torch.is_tensor(reward) else type(reward).__name__
+    if shape != path.ids.shape:
+        raise ValueError(
+            f"reward must return one number a sample, a tensor of shape {tuple(path.ids.shape)}, got {shape}"
+        )
+    reward = reward.detach().to(path.x)
+    bad = ~torch.isfinite(reward)
+    if bool(bad.any()):
+        raise NotFinite(
+            f"reward is not finite for sample id {int(path.ids[bad][0])}: it must be a number for every x",
+            x=path.x[-1][bad], ids=path.ids[bad], reward=reward[bad],
+        )  # fmt: skip
+    return replace(path, reward=reward)

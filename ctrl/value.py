@@ -50,7 +50,7 @@ class Critic(ABC):
         """`fit` calls this for a critic that it trains, before each epoch of learning, with that epoch's mean reward,
         (); an exact V has no level to set."""
 
-    def value_beside(self, t: Tensor, x: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
+    def value_given_reference(self, t: Tensor, x: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
         """V(t, x), (B,), where a_ref(t, x), (B, *D'), is known: a critic that asks the reference may save the call."""
         return self.value(t, x, cond)
 
@@ -113,9 +113,9 @@ class LearnedCritic(nn.Module, Critic):
         """V, (B,)."""
 
     def value(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
-        return self.value_beside(t, x, self.problem.reference(t, x, cond), cond)
+        return self.value_given_reference(t, x, self.problem.reference(t, x, cond), cond)
 
-    def value_beside(self, t: Tensor, x: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
+    def value_given_reference(self, t: Tensor, x: Tensor, a_ref: Tensor, cond: Any = None) -> Tensor:
         return self.combine(t, x, self.problem.endpoint(t, x, a_ref), cond)
 
 

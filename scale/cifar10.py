@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, Noise, StructuredCritic
 from ctrl.algorithms import InverseRL
-from ctrl.device import make_accelerator
 from ctrl.fields import one_of
-from ctrl.lock import locked
 from ctrl.noise import INITIAL, PATH
 from ctrl.problem import ScoreAsAction
+from ctrl.training.device import make_accelerator
+from ctrl.training.lock import locked
 from ctrl.value import Critic
 from scale import data, pixels, report, requirements, tuning
 from scale.diffusion import Decoded, Score, StandIn, Value

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
-from ctrl.device import check_device, make_accelerator
 from ctrl.fields import check_fields
 from ctrl.noise import INITIAL, Noise
+from ctrl.training.device import check_device, make_accelerator
 from scale import data, report
 from scale.models import readable
 

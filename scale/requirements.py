@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 
-from ctrl import checkpoint
 from ctrl.fit import Run, fit
-from ctrl.replay import ON_DEVICE, epoch_bytes
+from ctrl.training import checkpoint
+from ctrl.training.replay import ON_DEVICE, epoch_bytes
 from ctrl.value import StructuredCritic
 from scale.diffusion import Score, WithoutAdapters, images_at_a_time, pictures_of
 from scale.models import Outline

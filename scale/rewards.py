@@ -31,7 +31,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from ctrl import NotFinite
 from ctrl.fields import one_of
-from ctrl.stops import RunFailed
+from ctrl.training.interrupts import RunFailed
 from scale import reward_worker, shapes
 from scale.classifiers import LogProbability
 from scale.prompts import Prompt

@@ -37,9 +37,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands besi
 
 from ctrl import NetworkCritic, StructuredCritic
 from ctrl.algorithms import DDPO
-from ctrl.device import make_accelerator
-from ctrl.lock import locked
 from ctrl.problem import ScoreAsAction
+from ctrl.training.device import make_accelerator
+from ctrl.training.lock import locked
 from ctrl.value import Critic
 from scale import models, report, requirements, tuning
 from scale import prompts as prompt_lists

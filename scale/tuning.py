@@ -37,16 +37,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctrl import Noise, Solver, checkpoint
+from ctrl import Noise, Solver
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
 from ctrl.decided import complete, decided_share
-from ctrl.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.fields import check_fields
-from ctrl.fit import Callback, Conditions, Run, check_processes, fit
+from ctrl.fit import Callback, Conditions, Guards, Run, fit
 from ctrl.fit import Settings as FitSettings
-from ctrl.guards import Guards
 from ctrl.problem import ScoreAsAction
-from ctrl.stops import RunFailed
+from ctrl.training import files
+from ctrl.training.device import NO_FP16, is_cpu, make_accelerator
+from ctrl.training.interrupts import RunFailed
+from ctrl.training.processes import check_processes
 from ctrl.value import Critic
 from scale import report
 from scale.diffusion import Score, problem
@@ -235,7 +236,7 @@ def check(s: Tuning) -> Algorithm:
     """Raise at what can be wrong without a model or a reward; the algorithm with its options, without a KL budget."""
     s.check_places()
     s.check_resumed()
-    if not (s.resume or s.overwrite) and any(checkpoint.folders(folder) for folder in (s.out, s.out / "critic")):
+    if not (s.resume or s.overwrite) and any(files.folders(folder) for folder in (s.out, s.out / "critic")):
         raise ValueError(
             f"out: {s.out} holds a run already; go on with --resume, --overwrite it, or take another folder"
         )
@@ -299,7 +300,7 @@ def begin(s: Tuning, task: Task, accelerator: Accelerator, name: str, left: Sequ
     if accelerator.is_main_process:
         s.out.mkdir(parents=True, exist_ok=True)
         if s.overwrite:
-            checkpoint.delete(s.out, (*LEFT, name, *left))
+            files.delete(s.out, (*LEFT, name, *left))
         part = s.out / "config.part"
         part.write_text(json.dumps(s.plain(), indent=2) + "\n")
         os.replace(part, s.out / "config.json")
@@ -549,7 +550,7 @@ class Export:
 
 def epochs_of(run: Path) -> dict[int, Path]:
     """The checkpoints of a run, by epoch."""
-    return {int(folder.name.removeprefix("epoch-")): folder for folder in checkpoint.folders(run)}
+    return {int(folder.name.removeprefix("epoch-")): folder for folder in files.folders(run)}
 
 
 def chosen(o: Export, beta: float) -> Path:
@@ -559,8 +560,8 @@ def chosen(o: Export, beta: float) -> Path:
         raise ValueError(f"epoch must be that of a checkpoint in {o.run}: {', '.join(map(str, kept)) or 'it has none'}")
     lines = (o.run / "metrics.jsonl").read_text().splitlines()
     history = [json.loads(line) for line in lines[: max(kept)]]
-    folder = kept[o.epoch or max(kept, key=lambda epoch: checkpoint.merit(kept[epoch], history, beta))]
-    if fault := checkpoint.broken(folder):
+    folder = kept[o.epoch or max(kept, key=lambda epoch: files.merit(kept[epoch], history, beta))]
+    if fault := files.broken(folder):
         raise ValueError(f"epoch: {folder} is not whole: {fault}")
     return folder
 

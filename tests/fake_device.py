@@ -153,7 +153,8 @@ _counted: list[Counter[str]] = []
 
 @contextmanager
 def host_syncs() -> Iterator[Counter[str]]:
-    """How often the host waited for the device, by the function that made it: "ctrl/fit.py Run.update: read"."""
+    """How often the host waited for the device, by the function that made it, such as
+    "ctrl/training/engine.py Engine.step: read"."""
     _counted.append(Counter())
     try:
         yield _counted[-1]

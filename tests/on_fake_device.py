@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-import ctrl.replay
+import ctrl.training.replay
 from ctrl import (
     DDIM,
     EulerMaruyama,
@@ -229,12 +229,12 @@ STORED = {
 @pytest.mark.parametrize("name", STORED)
 def test_older_epochs_are_in_host_memory_beyond_a_size(name, monkeypatch, tmp_path):
     """The newest stays, whatever its size; the numbers are those of the CPU, resumed or not."""
-    monkeypatch.setattr(ctrl.replay, "ON_DEVICE", 0, raising=False)
+    monkeypatch.setattr(ctrl.training.replay, "ON_DEVICE", 0, raising=False)
     algorithm, settings = STORED[name]
     settings, places = {**settings, "epochs": 3}, []
 
     def look(run, metrics):
-        places.append([{v.device.type for v in (b.trajectory.x, *b.fields.values())} for b in run.replay.batches])
+        places.append([{v.device.type for v in (b.trajectory.x, *b.fields.values())} for b in run.replay.collections])
 
     same(train(algorithm, **settings, callbacks=[look]), whole := train(algorithm, **settings, cpu=True))
     with pytest.raises(KeyboardInterrupt):
@@ -324,7 +324,7 @@ def waits(algorithm, solver, **changes):
     return counted
 
 
-CHECKED = {"ctrl/fit.py Run.update: read": 1}
+CHECKED = {"ctrl/training/engine.py Engine.step: read": 1}
 """Loss and gradient are finite: or else the step is left out."""
 DENSITY = "ctrl/gaussian.py Gaussian._check_density: read"
 """A standard deviation is not zero: for each density that a loss takes."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ctrl.algorithms import AWM, DiffusionNFT, ForwardMatching, advantage_matching
 from ctrl.algorithms.base import Algorithm
 from ctrl.fit import Settings, fit
-from ctrl.replay import Nodes
+from ctrl.nodes import Nodes
 from toy import catalogue
 from toy.networks import Policy
 
@@ -52,7 +52,7 @@ def test_nft_without_its_normalisation_is_a_weighted_denoising_loss_and_a_pull_t
     g = torch.Generator().manual_seed(0)
     x, end, a, a_old = torch.randn(4, 50, 2, generator=g)
     t, gain = 0.9 * problem.horizon * torch.rand(50, generator=g), torch.randn(50, generator=g)
-    fields = {"end": end, "a_old": a_old, "a_ref": a, "gain": gain}
+    fields = {"end": end, "a_old": a_old, "a_ref": a, "advantage": gain}
     nodes = Nodes(t, x, torch.ones(50), torch.zeros(50), torch.arange(50), None, fields)
     old = problem.endpoint(t, x, a_old)
     moved = problem.endpoint(t, x, a) - old

@@ -141,21 +141,6 @@ def case(name: str) -> Case:
     return at_rest if "reference" in name else dataclasses.replace(at_rest, K=-0.8, k=0.6)
 
 
-class Recorder(Run):
-    """A run that notes the gradient of the first policy update of each epoch."""
-
-    first: Tensor | None = None
-
-    def step_epoch(self) -> dict[str, Any]:
-        self.first = None
-        return super().step_epoch()
-
-    def update(self, name: str, *args: Any) -> None:
-        super().update(name, *args)
-        if name == "policy" and self.first is None:
-            self.first = torch.cat([p.grad.flatten() for p in self.policy.parameters()])
-
-
 def first_gradients(
     algorithm: Algorithm, case: Case, steps: int, epochs: int, samples: int, seed: int = 0, solver: Solver = Heun()
 ) -> Tensor:
@@ -166,11 +151,14 @@ def first_gradients(
         progress=False, jitter=0.0, seed=seed, solver=solver,
     )  # fmt: skip
     critic = case.value(explores)
-    run = Recorder(case.problem, case.policy(explores), algorithm, critic, None, still, Accelerator(cpu=True))
+    run = Run(case.problem, case.policy(explores), algorithm, critic, None, still, Accelerator(cpu=True))
     grads = []
     for _ in range(epochs):
-        run.step_epoch()
-        grads.append(-run.first)
+        epoch = run.begin_epoch()
+        assert epoch is not None
+        run.engine.differentiate(next(update for update in algorithm.learn(epoch) if update.name == "policy"))
+        grads.append(-torch.cat([p.grad.flatten() for p in run.policy.parameters() if p.grad is not None]))
+        run.epoch += 1
     return torch.stack(grads)
 
 

@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from test_fit import ACTOR_CRITIC, Untouched, fresh_engine, interrupted, models, stop, train  # noqa: F401
 from torch import nn
 
-from ctrl import Multistep2, checkpoint
+from ctrl import Multistep2
 from ctrl.algorithms import DDPO, ActorCritic, KLBudget
+from ctrl.training import checkpoint, files
+from ctrl.training.state import identity
 from toy import catalogue
 
 CASES = {
@@ -88,12 +90,12 @@ def test_what_was_torn_is_ignored(tmp_path):
         train(callbacks=[stop(3)], **case)
     part = tmp_path / "checkpoints" / "epoch-000004.part"
     part.mkdir()
-    (part / "model.safetensors").write_text("torn")
+    (part / "policy.safetensors").write_text("torn")
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "traj')
     same_run(train(init=8, resume=True, **case), train(**{**case, "out": None}), tmp_path)
     assert not part.exists()
-    assert checkpoint.newest(tmp_path).name == "epoch-000004"
+    assert files.newest(tmp_path).name == "epoch-000004"
 
 
 def test_a_run_without_a_checkpoint_starts_again(tmp_path):
@@ -126,7 +128,7 @@ def test_the_store_is_what_the_next_epoch_keeps(tmp_path):
     """The oldest of `keep` batches would be pushed out, so it is not written."""
     for name, kept in (("actor-critic", 3), ("ddpo", 0)):
         train(**CASES[name], epochs=5, out=tmp_path / name)
-        stored = checkpoint.load_file(checkpoint.newest(tmp_path / name) / "replay-0.safetensors")
+        stored = load_file(files.newest(tmp_path / name) / "replay-0.safetensors")
         assert {key.partition(".")[0] for key in stored} == {str(i) for i in range(kept)}
 
 
@@ -135,13 +137,13 @@ def test_fields_that_share_memory_are_written(tmp_path):
 
     class Aliases(ActorCritic):
         def learn(self, run):
-            batch = run.replay.batches[-1]
+            newest = run.collections[-1]
             for name in ("state", "alias"):
-                batch.lay(name, batch.trajectory.x)
-            super().learn(run)
+                newest.attach(name, newest.trajectory.x)
+            yield from super().learn(run)
 
     train(algorithm=Aliases(2, 2, 64, keep=2), epochs=2, out=tmp_path)
-    stored = checkpoint.load_file(checkpoint.newest(tmp_path) / "replay-0.safetensors")
+    stored = load_file(files.newest(tmp_path) / "replay-0.safetensors")
     assert torch.equal(stored["0.at.alias"], stored["0.x"]) and torch.equal(stored["0.at.state"], stored["0.x"])
 
 
@@ -187,33 +189,23 @@ def test_the_learners_must_agree(tmp_path):
         train(built=(models()[0], catalogue.get("mixture-2d").value), out=tmp_path, resume=True)
 
 
-def test_the_number_of_processes_must_agree(tmp_path):
-    train(epochs=1, out=tmp_path)
-    folder = tmp_path / "checkpoints" / "epoch-000001"
-    progress = folder / "progress.json"
-    progress.write_text(progress.read_text().replace('"processes": 1', '"processes": 2'))
-    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
-    with pytest.raises(ValueError, match="processes = 2, this run has 1"):
-        train(out=tmp_path, resume=True)
-
-
 def test_a_folder_of_another_format_is_refused(tmp_path):
     train(epochs=1, out=tmp_path)
     folder = tmp_path / "checkpoints" / "epoch-000001"
     progress = folder / "progress.json"
     progress.write_text(progress.read_text().replace(f'"format": {checkpoint.FORMAT}', '"format": 2'))
-    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
+    (folder / "manifest.json").write_text(json.dumps(files.manifest(folder)))
     with pytest.raises(ValueError, match=f"format = 2, this run has {checkpoint.FORMAT}"):
         train(out=tmp_path, resume=True)
 
 
 def test_the_newest_comes_first(tmp_path):
-    assert checkpoint.newest(tmp_path) is None
+    assert files.newest(tmp_path) is None
     for epoch in (9, 10, 200, 1000):
         (tmp_path / "checkpoints" / f"epoch-{epoch:06d}").mkdir(parents=True)
     for tail in ("part", "old"):
         (tmp_path / "checkpoints" / f"epoch-002000.{tail}").mkdir()
-    names = [folder.name for folder in checkpoint.folders(tmp_path)]
+    names = [folder.name for folder in files.folders(tmp_path)]
     assert names == ["epoch-001000", "epoch-000200", "epoch-000010", "epoch-000009"]
 
 
@@ -222,7 +214,7 @@ def test_the_last_and_the_best_are_kept(tmp_path):
     run = train(**CASES["actor-critic"], epochs=8, checkpoint_every=2, keep_checkpoints=1, out=tmp_path, lr=0.3)
     beta = catalogue.get("mixture-2d").problem.beta
     merits = {m["epoch"]: m["reward"] - beta * m["kl"] for m in run.history if m["epoch"] % 2 == 0}
-    kept = {int(folder.name[-6:]) for folder in checkpoint.folders(tmp_path)}
+    kept = {int(folder.name[-6:]) for folder in files.folders(tmp_path)}
     assert kept == {8, max(merits, key=merits.get)}
 
 
@@ -230,11 +222,11 @@ def test_a_broken_one_does_not_count(tmp_path):
     """A later one that was passed over pushes none out that is whole."""
     case = {**CASES["actor-critic"], "out": tmp_path, "schedule": lambda progress: 1.0}
     train(**case, epochs=6, checkpoint_every=3)
-    (checkpoint.folders(tmp_path)[0] / "model.safetensors").write_bytes(b"")
+    (files.folders(tmp_path)[0] / "policy.safetensors").write_bytes(b"")
     with pytest.warns(UserWarning, match="epoch-000006 is passed over"):
         train(**case, epochs=4, checkpoint_every=1, keep_checkpoints=1, init=8, resume=True)
     with pytest.warns(UserWarning, match="epoch-000006 is passed over"):
-        assert checkpoint.newest(tmp_path).name == "epoch-000004"
+        assert files.newest(tmp_path).name == "epoch-000004"
 
 
 def test_another_run_is_overwritten_if_asked(tmp_path):
@@ -254,7 +246,7 @@ def test_a_checkpoint_needs_room(tmp_path, monkeypatch):
     """Weights, two moments, the average and the store, as they are written; for the last two, the best and the next."""
     case = {**CASES["actor-critic"], "epochs": 5, "out": tmp_path}
     train(**case)
-    written = sum(f.stat().st_size for f in checkpoint.newest(tmp_path).iterdir())
+    written = sum(f.stat().st_size for f in files.newest(tmp_path).iterdir())
     shutil.rmtree(tmp_path / "checkpoints")
     usage = shutil.disk_usage(tmp_path)
     for room, enough in ((2.5 * written, False), (6 * written, True)):
@@ -270,11 +262,11 @@ def test_the_identity_of_a_reference_is_its_weights():
     first, second = models()[0], models()[0]
     for m in (first, second):
         m.requires_grad_(False)
-    assert checkpoint.identity(first) == checkpoint.identity(second) != checkpoint.identity(models()[0])
+    assert identity(first) == identity(second) != identity(models()[0])
     with torch.no_grad():
         next(second.parameters()).view(-1)[0] += 1e-15
-    assert checkpoint.identity(first) != checkpoint.identity(second)
-    assert checkpoint.identity(catalogue.get("mixture-2d").problem.reference) != ""
+    assert identity(first) != identity(second)
+    assert identity(catalogue.get("mixture-2d").problem.reference) != ""
 
 
 def test_the_identity_of_a_reference_is_not_where_it_lies():
@@ -290,7 +282,7 @@ def test_the_identity_of_a_reference_is_not_where_it_lies():
     for model in (away, other):
         cpu_offload(model, execution_device=torch.device("cpu"))
         assert model[0].weight.is_meta
-    assert checkpoint.identity(here) == checkpoint.identity(away) != checkpoint.identity(other)
+    assert identity(here) == identity(away) != identity(other)
 
 
 class Counting(nn.Module):
@@ -322,9 +314,9 @@ def test_what_is_not_trained_is_not_written(tmp_path):
     whole = train(built=built(), **case)
     with pytest.raises(KeyboardInterrupt):
         train(built=built(), callbacks=[stop(3)], out=tmp_path, checkpoint_every=2, **case)
-    folder = checkpoint.newest(tmp_path)
+    folder = files.newest(tmp_path)
     trained = [name for name, p in Counting().named_parameters() if p.requires_grad]
-    for file in ("model.safetensors", "ema.safetensors"):
+    for file in ("policy.safetensors", "ema.safetensors"):
         assert {*load_file(folder / file)} == {*trained, "calls"}
     with pytest.raises(ValueError, match=r"was written with frozen weights of policy = \w+, this run has"):
         train(built=built(7, 8), out=tmp_path, resume=True, **case)
@@ -350,18 +342,18 @@ def test_every_random_state_comes_back(tmp_path):
     assert third != again
 
 
-@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("name", ["policy-optimizer.pt", "random-0.pt"])
 def test_nothing_is_unpickled(name, tmp_path):
     """Not from a checkpoint that is whole, either: a file may come from anyone."""
     train(epochs=1, out=tmp_path)
-    folder = checkpoint.newest(tmp_path)
+    folder = files.newest(tmp_path)
 
     class Payload:
         def __reduce__(self):
             return (pathlib.Path.touch, (tmp_path / "hacked",))
 
     torch.save({"state": Payload()}, folder / name)
-    (folder / "manifest.json").write_text(json.dumps(checkpoint.manifest(folder)))
+    (folder / "manifest.json").write_text(json.dumps(files.manifest(folder)))
     with pytest.raises(ValueError, match=r"epoch-000001 cannot be loaded: Weights only"):
         train(epochs=2, out=tmp_path, resume=True)
     assert not (tmp_path / "hacked").exists()

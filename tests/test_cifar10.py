@@ -14,10 +14,11 @@ from safetensors.torch import load_file
 from test_sd15 import drawn_by_the_card
 
 from benchmarks import cifar10 as forms
-from ctrl import DDIM, checkpoint
+from ctrl import DDIM
 from ctrl.algorithms import DDPO
 from ctrl.fit import Settings as FitSettings
 from ctrl.fit import fit
+from ctrl.training import files
 from scale import cifar10, pixels
 from scale.cifar10 import Evaluate, Sample, Settings, energy_of, evaluate_run, export, main, sample, train
 from scale.diffusion import Score, pictures_of
@@ -118,10 +119,10 @@ def test_the_energy_is_learned_and_kept(run, model, pictures):
     """It moves, the policy moves, and a checkpoint has it."""
     (folder, *_) = sorted((run.out / "checkpoints").iterdir())
     states = sorted(f.name for f in folder.glob("*.safetensors"))
-    assert "model_2.safetensors" in states
+    assert "reward.safetensors" in states
     torch.manual_seed(0)
     first = energy_of(Settings.read(run.out / "config.json"), 8).state_dict()
-    learned = load_file(folder / "model_2.safetensors")
+    learned = load_file(folder / "reward.safetensors")
     assert set(first) == set(learned)
     assert all(not torch.equal(v, learned[name]) for name, v in first.items())
     untuned = pixels.load(str(model)).unet.state_dict()
@@ -174,7 +175,7 @@ def test_a_run_that_is_gone_on_with_is_the_run(run, model, pictures, tmp_path):
         with pytest.raises(RuntimeError, match="halted"):
             train(s)
     newest = max((tmp_path / "run" / "checkpoints").iterdir())
-    (newest / checkpoint.MANIFEST).unlink()  # a crash in the middle of it: epoch 1 serves
+    (newest / files.MANIFEST).unlink()  # a crash in the middle of it: epoch 1 serves
     AcceleratorState._reset_state(reset_partial_state=True)
     resumed = train(dataclasses.replace(s, resume=True))
     for name, v in run.pipeline.unet.state_dict().items():
@@ -393,7 +394,7 @@ def test_the_forms_are_judged_by_the_sampler_that_is_trained():
     settings = FitSettings(epochs=1, samples=4, steps=6, solver=DDIM(), seed=SEED, lr=1e-9, progress=False)
     fit(
         entry.problem, policy, DDPO(passes=1, nodes=8), settings=settings,
-        callbacks=[lambda run, metrics: ends.append(run.replay.batches[-1].trajectory.x[-1])],
+        callbacks=[lambda run, metrics: ends.append(run.replay.collections[-1].trajectory.x[-1])],
     )  # fmt: skip
     task = SimpleNamespace(problem=entry.problem, policy=policy, fit=settings)
     found = forms.sampled(task, SimpleNamespace(batch=4), 10)

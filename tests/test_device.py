@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from test_fit import DDPO, fresh_engine, models  # noqa: F401
 
 from ctrl import DDIM
-from ctrl.device import make_accelerator
 from ctrl.fit import Settings, fit
+from ctrl.training.device import make_accelerator
 from toy import catalogue
 
 ROOT = Path(__file__).parents[1]

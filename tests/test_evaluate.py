@@ -9,8 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ctrl import Noise
-from ctrl.device import make_accelerator
 from ctrl.noise import INITIAL
+from ctrl.training.device import make_accelerator
 from scale.evaluate import SEED, batches, diversity, draw, evaluate, shared
 from scale.make_tiny_sd import unet, untrained
 from scale.prompts import Prompt

@@ -8,7 +8,7 @@ import torch
 from test_fit import fresh_engine  # noqa: F401
 
 from benchmarks import faults
-from ctrl import checkpoint
+from ctrl.training import checkpoint, files
 
 QUICK = faults.faults(faults.FaultOptions(quick=True))
 APART = ("kill", "SIG", "disk", "one of two", "reward of one of two", "two runs", "float16")
@@ -50,13 +50,13 @@ def test_a_loss_would_be_seen(what, ground):
         file.write_text("".join([*lines, lines[-1]]))
         assert not faults.same(out, ground.whole)
         return
-    folder = checkpoint.newest(out)
-    file = folder / {"policy": "model.safetensors", "trajectories": "replay-0.safetensors"}[what]
+    folder = files.newest(out)
+    file = folder / {"policy": "policy.safetensors", "trajectories": "replay-0.safetensors"}[what]
     held = faults.load_file(file)
     name = next(name for name, v in held.items() if v.is_floating_point())
     held[name].view(-1)[0] = held[name].view(-1)[0].nextafter(torch.tensor(torch.inf))
     checkpoint.save_file(held, file)
-    (folder / checkpoint.MANIFEST).write_text(faults.json.dumps(checkpoint.manifest(folder)))
+    (folder / files.MANIFEST).write_text(faults.json.dumps(files.manifest(folder)))
     assert not faults.same(out, ground.whole)
 
 
@@ -64,19 +64,19 @@ def test_every_bit_counts(ground):
     """Turn any bit of any file of a checkpoint, cut it anywhere: it is not whole."""
     rng = random.Random(1)
     for damage in (faults.cut, faults.turn):
-        folder = checkpoint.folders(ground.place("short"))[0]
+        folder = files.folders(ground.place("short"))[0]
         for file in sorted(folder.iterdir()):
             before = file.read_bytes()
             damage(rng, file)
-            assert checkpoint.broken(folder) is not None, file
+            assert files.broken(folder) is not None, file
             file.write_bytes(before)
-        assert checkpoint.broken(folder) is None
+        assert files.broken(folder) is None
 
 
 def test_what_is_passed_over_is_said(ground):
     out = ground.place("short")
-    checkpoint.folders(out)[0].joinpath("model.safetensors").write_bytes(b"")
+    files.folders(out)[0].joinpath("policy.safetensors").write_bytes(b"")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        checkpoint.newest(out)
-    assert "epoch-000004 is passed over: model.safetensors is not what was written" in str(said[0].message)
+        files.newest(out)
+    assert "epoch-000004 is passed over: policy.safetensors is not what was written" in str(said[0].message)

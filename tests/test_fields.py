@@ -26,7 +26,7 @@ from benchmarks import (
 from benchmarks import cifar10 as forms
 from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
-from ctrl.stops import RunFailed
+from ctrl.training.interrupts import RunFailed
 from scale import cifar10, rewards, sd15, settings, tuning
 from scale.pretrain import Pretrain
 from scale.prompts import Prompt

@@ -1,13 +1,16 @@
 """The loop: the same numbers whatever the processes, chunks and micro-batches; metrics; refusals; one loop for all."""
 
 import ast
+import atexit
 import copy
 import dataclasses
 import functools
 import math
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import Annotated
 
 import pytest
 import torch
@@ -31,8 +34,9 @@ from ctrl.algorithms import (
     PPOPenalty,
     QLearning,
 )
+from ctrl.algorithms.base import Update
 from ctrl.fit import Settings, fit, linear_decay
-from ctrl.lock import FILE
+from ctrl.training.lock import FILE
 from tests.processes import member, several
 from toy import catalogue
 from toy.networks import Policy, Value
@@ -108,7 +112,7 @@ def train(
         critic=critic,
         conditions=entry.condition if "conditional" in name else None,
         settings=Settings(**{"epochs": 3, "samples": 24, "steps": 6, "progress": False, **settings}),
-        callbacks=(lambda run, metrics: paths.extend(b.trajectory for b in run.replay.batches[-1:]), *callbacks),
+        callbacks=(lambda run, metrics: paths.extend(b.trajectory for b in run.replay.collections[-1:]), *callbacks),
         resume=resume,
         overwrite=overwrite,
         accelerator=accelerator,
@@ -130,7 +134,7 @@ def test_learning_rates_rise_to_their_full_size():
     seen = []
 
     def watch(run, metrics):
-        seen.append({name: learner.optimizer.param_groups[0]["lr"] for name, learner in run.learners.items()})
+        seen.append({name: learner.optimizer.param_groups[0]["lr"] for name, learner in run.engine.learners.items()})
 
     train(epochs=5, warmup=3, lr=0.4, critic_lr=0.8, schedule=lambda p: 1 - p / 2, callbacks=[watch])
     expected = [0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7, 0.6]
@@ -156,6 +160,11 @@ CASES = {
         "samples": 10, "optimizer": functools.partial(torch.optim.AdamW, weight_decay=1.0),
     },
 }  # fmt: skip
+
+
+BEGUN = {**CASES["actor-critic, 23 samples"], "epochs": 2, "ema": 0.5, "schedule": lambda progress: 1.0}
+LEFT = tempfile.mkdtemp()
+atexit.register(shutil.rmtree, LEFT)
 
 
 def stop(epoch):
@@ -198,11 +207,12 @@ class Dealt(Algorithm):
         self.hands = []
 
     def learn(self, run):
-        run.lay_actions()
-        for nodes in run.deal(5, 13):
+        run.record_actions()
+        for nodes in run.minibatches(5, 13):
             assert torch.equal(nodes.cond, nodes.ids % 3)
             cards = zip(nodes.k.tolist(), nodes.ids.tolist(), strict=True)
             self.hands.append(dict(zip(cards, torch.cat([nodes.x, nodes["a_old"]], 1), strict=True)))
+        yield from ()
 
 
 def dealt():
@@ -229,6 +239,7 @@ def worker(folder, rank, world):
         runs = {name: train(**case) for name, case in CASES.items()}
         runs["resumed"] = interrupted(2, out=f"{folder}/run", checkpoint_every=2, **CASES["actor-critic"])
         told = {name: run.plain() for name, run in runs.items()}
+        train(out=f"{folder}/begun", **BEGUN)
         taken = Path(folder, "taken")
         taken.mkdir(exist_ok=True)
         (taken / FILE).write_text('{"pid": 7, "host": "elsewhere"}')
@@ -247,7 +258,14 @@ def together(world):
     with tempfile.TemporaryDirectory() as folder:
         with several(world, __file__, folder):
             pass
+        shutil.move(f"{folder}/begun", f"{LEFT}/{world}")
         return [torch.load(f"{folder}/{rank}.pt") for rank in range(world)]
+
+
+def begun(world):
+    """The folder of a run that several processes left after two epochs."""
+    together(world)
+    return Path(LEFT, str(world))
 
 
 @functools.cache
@@ -296,6 +314,16 @@ def test_several_processes_resume(world):
 
 
 @worlds
+def test_one_process_goes_on_where_several_stopped(world, tmp_path):
+    """It takes over the trajectories that each of them held."""
+    shutil.copytree(begun(world), out := tmp_path / "run")
+    resumed = train(out=out, init=8, resume=True, **BEGUN | {"epochs": 4})
+    one = train(**BEGUN | {"epochs": 4})
+    close(resumed.parameters, one.parameters)
+    same_history(resumed.history, one.history)
+
+
+@worlds
 def test_several_processes_hold_one_folder(world):
     """All of them are refused where the main one is, and nothing of the lock stays."""
     runs = together(world)
@@ -334,8 +362,8 @@ def test_chunks_and_micro_batches_change_nothing(name):
     same_history(other.history, alone(name)["history"])
 
 
-class Labelled(Algorithm):
-    """Deals labelled hands, and learns nothing from them."""
+class Annotating(Algorithm):
+    """Draws annotated minibatches, and learns nothing from them."""
 
     keep = 2
 
@@ -343,27 +371,28 @@ class Labelled(Algorithm):
         self.seen = seen
 
     def learn(self, run):
-        run.lay_actions()
-        before = dict(run.counts)
+        run.record_actions()
+        before = dict(run.metrics.counts)
 
-        def label(nodes):
+        def annotate(nodes):
             self.seen.append(len(nodes))
             return {"twice": 2 * nodes.x, "policy": run.policy(nodes.t, nodes.x, nodes.cond)}
 
-        for nodes in run.deal(7, 10, label=label):
+        for nodes in run.minibatches(7, 10, annotate=annotate):
             assert len(nodes) == 10
             close(nodes["twice"], 2 * nodes.x)
             close(nodes["policy"], run.policy(nodes.t, nodes.x, nodes.cond).detach())
             assert not nodes["policy"].requires_grad
-        assert run.counts["network_calls"] - before["network_calls"] == 70
+        assert run.metrics.counts["network_calls"] - before["network_calls"] == 70
+        yield from ()
 
 
 @pytest.mark.parametrize("batch, pieces", [(1000, [70]), (25, [20, 20, 20, 10]), (4, 7 * [4, 4, 2])])
 @pytest.mark.parametrize("name", ["mixture-2d", "mixture-2d-conditional"])
-def test_labels_lie_beside_their_nodes(name, batch, pieces):
-    """However many hands are drawn and labelled at a time: never more nodes than `batch`, nor less than a hand."""
+def test_nodes_have_their_annotations(name, batch, pieces):
+    """However many minibatches are drawn at a time: never more nodes than `batch`, nor less than a minibatch."""
     seen = []
-    train(name, Labelled(seen), batch=batch, micro_batch=batch, epochs=2)
+    train(name, Annotating(seen), batch=batch, micro_batch=batch, epochs=2)
     assert seen == 2 * pieces
 
 
@@ -419,10 +448,45 @@ class Once(Algorithm):
         self.loss, self.size, self.hands = loss, size, []
 
     def learn(self, run):
-        run.lay_actions()
-        for nodes in run.deal(1, self.size):
+        run.record_actions()
+        for nodes in run.minibatches(1, self.size):
             self.hands.append(nodes)
-            run.update("policy", lambda n: self.loss(run, n), nodes, self.size)
+            yield Update("policy", lambda n: self.loss(run, n), nodes, self.size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine(Algorithm):
+    """A user's, whose fields have names that built-in ones have too, and limits of its own."""
+
+    gain: float = 0.0
+    nodes: Annotated[int, "in [0, 100]"] = 0
+    clip: Annotated[float, "in [-1, 1)"] = -1.0
+
+    def learn(self, run):
+        run.record_actions()
+        for nodes in run.minibatches(2, 50):
+            yield Update("policy", lambda n: self.gain + squares(run, n), nodes, 50)
+
+
+def test_an_algorithm_states_the_limits_of_its_own_fields():
+    metrics = train(algorithm=Mine(), epochs=1).history[-1]
+    assert metrics["policy_loss"] > 0
+    for changes, message in (
+        ({"nodes": 101}, r"nodes must be in \[0, 100\], got 101"),
+        ({"clip": 1.0}, r"clip must be in \[-1, 1\), got 1.0"),
+        ({"gain": "much"}, "gain must be a number, got 'much'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Mine(**changes)
+
+
+def test_an_algorithm_that_yields_nothing_is_told_so():
+    class Old(Algorithm):
+        def learn(self, run):
+            run.record_actions()
+
+    with pytest.raises(TypeError, match=r"Old\.learn must yield what is to be updated, .* got NoneType"):
+        train(algorithm=Old(), epochs=1)
 
 
 def squares(run, nodes):
@@ -544,7 +608,7 @@ def test_reward_and_kl_are_those_of_the_batch(name, solver):
 
     @torch.no_grad()
     def look(run, metrics):
-        path = run.replay.batches[-1].trajectory
+        path = run.replay.collections[-1].trajectory
         path = dataclasses.replace(path, cond=entry.condition(path.ids))
         nats = Estimate.of(path_kl(entry.problem, path, policies[-1]))
         seen.append((metrics["kl"], float(nats.mean)))
@@ -567,7 +631,7 @@ def test_nodes_have_the_condition_of_their_sample():
     def look(run, nodes):
         assert torch.equal(nodes.cond, nodes.ids % 3)
         for t, x, k, i in zip(nodes.t, nodes.x, nodes.k.tolist(), nodes.ids.tolist(), strict=True):
-            path = run.replay.batches[i // 10 - max(0, run.epoch - 1)].trajectory
+            path = run.collections[i // 10 - max(0, run.noise.epoch - 1)].trajectory
             assert torch.equal(x, path.x[k, i % 10])
             assert float(t) == float(path.t[k])
         return squares(run, nodes)
@@ -582,7 +646,7 @@ def test_learning_rates_follow_the_schedule():
     seen = []
 
     def look(run, metrics):
-        seen.append([run.learners[name].optimizer.param_groups[0]["lr"] for name in ("policy", "critic")])
+        seen.append([run.engine.learners[name].optimizer.param_groups[0]["lr"] for name in ("policy", "critic")])
 
     train(epochs=4, lr=0.02, critic_lr=0.03, callbacks=[look])
     assert seen == [[0.02 * linear_decay(e / 4), 0.03 * linear_decay(e / 4)] for e in range(4)]
@@ -768,11 +832,11 @@ OURS = {*ctrl.algorithms.__all__, "Optimizer"} - {"GaussianNetwork"}
 
 
 def loops(source):
-    """Lines on which a source trains by itself, or makes an algorithm of its own. `self.backward` is a run's own."""
+    """Lines on which a source trains by itself, or makes an algorithm of its own."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             name, of = node.func.attr, ast.unparse(node.func.value).lower()
-            if (name == "backward" and of != "self") or name == "zero_grad" or (name == "step" and "opt" in of):
+            if name in ("backward", "zero_grad") or (name == "step" and "opt" in of):
                 yield node.lineno
         elif isinstance(node, ast.ClassDef) and {ast.unparse(b).rpartition(".")[2] for b in node.bases} & OURS:
             yield node.lineno
@@ -809,7 +873,6 @@ def test_another_loop_is_caught(source):
     [
         "scheduler.step(x, t)",
         "solver.step(x)",
-        "self.backward(learner)",
         "class A(Problem): pass",
         "class A(Run): pass",
     ],
@@ -826,7 +889,7 @@ def test_the_baseline_is_the_mean_over_others_of_the_group():
     found = []
 
     def look(run, metrics):
-        batch = run.replay.batches[-1]
+        batch = run.replay.collections[-1]
         found.append((batch.fields["advantage"][:-1], batch.trajectory.reward))
 
     problem = catalogue.get("gaussian-1d").problem
@@ -856,7 +919,7 @@ def test_without_a_price_nobody_asks_the_reference_and_only_the_reward_counts():
     found = []
 
     def look(run, metrics):
-        batch = run.replay.batches[-1]
+        batch = run.replay.collections[-1]
         found.append((batch.fields["advantage"][:-1], batch.trajectory.reward, metrics))
 
     free = dataclasses.replace(problem, beta=0.0, reference=asked)

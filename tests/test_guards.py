@@ -1,4 +1,4 @@
-"""ctrl/guards.py: the policy that acts is the one that is trained; numbers are numbers; collapse is seen."""
+"""ctrl/training/guards.py: the policy that acts is the one that is trained; numbers are numbers; collapse is seen."""
 
 import dataclasses
 import math
@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from test_fit import Once, fresh_engine, models, squares, train  # noqa: F401
 from torch import nn
 
-from ctrl import EulerMaruyama, Noise, VPLinear, guards, rollout
+from ctrl import EulerMaruyama, Noise, VPLinear, rollout
 from ctrl.grids import natural, node_weights
-from ctrl.guards import Guards
 from ctrl.rollout import NotFinite
+from ctrl.training import guards
+from ctrl.training.guards import Guards
 from toy import catalogue
 
 
@@ -116,7 +117,7 @@ def test_patience_is_for_times_in_a_row():
     """Two of three do not end a run, ever; three do."""
 
     def sick(run, nodes):
-        return squares(run, nodes) * (torch.nan if run.epoch % 3 else 1.0)
+        return squares(run, nodes) * (torch.nan if run.noise.epoch % 3 else 1.0)
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

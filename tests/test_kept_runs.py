@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import algorithms, cifar10, critics, pictures, race, report, sd_tiny, throughput
+from benchmarks import algorithms, cifar10, critics, pictures, report, sd_tiny, throughput
+from benchmarks.speed import race
 from ctrl.algorithms import (
     AWM,
     DDPO,
@@ -41,7 +42,7 @@ def git(folder, *words):
 def test_the_commit_is_that_of_the_code_and_dirty_where_the_code_differs(tmp_path):
     assert report.commit_of(tmp_path) is None  # no checkout
     git(tmp_path, "init", "-q")
-    for file in ("ctrl/fit.py", "benchmarks/race.py", "benchmarks/results/race.json", "README.md"):
+    for file in ("ctrl/fit.py", "benchmarks/speed/race.py", "benchmarks/results/race.json", "README.md"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text("a")
     git(tmp_path, "add", ".")
@@ -50,7 +51,7 @@ def test_the_commit_is_that_of_the_code_and_dirty_where_the_code_differs(tmp_pat
     for file in ("benchmarks/results/race.json", "README.md"):  # what a benchmark writes is not what it is made by
         (tmp_path / file).write_text("b")
     assert report.commit_of(tmp_path) == commit
-    for file in ("benchmarks/race.py", "scale/new.py"):
+    for file in ("benchmarks/speed/race.py", "scale/new.py"):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text("b")
         assert report.commit_of(tmp_path) == f"{commit}-dirty"

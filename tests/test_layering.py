@@ -1,7 +1,8 @@
-"""Imports point one way: ctrl <- toy <- benchmarks <- paper_figures, and ctrl <- scale <- benchmarks."""
+"""Imports point one way: ctrl <- toy <- benchmarks <- paper_figures, and ctrl <- scale <- benchmarks; and no files in
+a circle."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,52 @@ def test_imports_point_one_way(layer: str) -> None:
         is_package = parts[-1] == "__init__"
         found += breaches(path.read_text(), ".".join(parts[:-1] if is_package else parts), is_package)
     assert not found, "\n".join(found)
+
+
+def graph() -> dict[str, set[str]]:
+    """Which modules of ours each one imports, wherever in the file."""
+    every = {}
+    for layer in MAY_IMPORT:
+        for path in files(layer):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            is_package = parts[-1] == "__init__"
+            module = ".".join(parts[:-1] if is_package else parts)
+            every[module] = [name for _, name in imported(path.read_text(), module, is_package)]
+    return {
+        module: {m for name in names if (m := longest(name, every)) and m != module} for module, names in every.items()
+    }
+
+
+def longest(name: str, modules: Collection[str]) -> str | None:
+    """The module that is meant by ctrl.linop.dot, or ctrl.linop."""
+    while name and name not in modules:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another in a row, the first one once more at the end; none if there is no such row."""
+    done: set[str] = set()
+
+    def walk(module: str, row: list[str]) -> list[str]:
+        if module in row:
+            return [*row[row.index(module) :], module]
+        if module in done:
+            return []
+        found = next((found for m in sorted(imports[module]) if (found := walk(m, [*row, module]))), [])
+        done.add(module)
+        return found
+
+    return next((found for module in sorted(imports) if (found := walk(module, []))), [])
+
+
+def test_no_files_import_one_another_in_a_circle() -> None:
+    assert circle(graph()) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b", "c"}, "b": {"d"}, "c": {"a"}, "d": set()}) == ["a", "c", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_there_is_something_to_read() -> None:

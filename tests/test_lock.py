@@ -1,4 +1,4 @@
-"""ctrl/lock.py: one run at a time in a folder, and what a run that was killed leaves is no obstacle."""
+"""ctrl/training/lock.py: one run at a time in a folder, and what a run that was killed leaves is no obstacle."""
 
 import json
 import multiprocessing
@@ -11,7 +11,7 @@ import pytest
 from accelerate import Accelerator
 from test_fit import fresh_engine, train  # noqa: F401
 
-from ctrl.lock import FILE, locked
+from ctrl.training.lock import FILE, locked
 
 FORK = multiprocessing.get_context("fork")
 HERE = socket.gethostname()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, NetworkCritic, Solver, guards
+from ctrl import DDIM, EulerMaruyama, Heun, Multistep2, NetworkCritic, Solver
 from ctrl.algorithms import (
     AWM,
     DDPO,
@@ -30,6 +30,7 @@ from ctrl.algorithms import (
 from ctrl.bridge import AdaptiveEuler
 from ctrl.fit import Settings, fit
 from ctrl.noise import INITIAL, Noise
+from ctrl.training import guards
 from tests.test_reward_constant import Learned
 from toy import catalogue
 from toy.networks import Perceptron, Policy, Value
@@ -76,7 +77,7 @@ CASES: dict[str, tuple[Algorithm, Solver]] = {
 def test_network_calls_are_those_made(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A call is policy, reference or critic at one state, with what it calls itself, and with its gradient where that
     is taken. What a run does to check itself is not counted."""
-    monkeypatch.setattr(guards, "same_policy", lambda run, batch: None)
+    monkeypatch.setattr(guards, "check_on_policy", lambda run, collection: None)
     torch.manual_seed(0)
     algorithm, solver = CASES[name]
     rows, q_learning = [0], isinstance(algorithm, QLearning)

@@ -13,13 +13,14 @@ from accelerate import Accelerator
 from test_fit import Once, fresh_engine, models, squares, train  # noqa: F401
 from torch import Tensor, nn
 
-from ctrl import Estimate, Multistep2, NetworkCritic, Noise, guards, path_kl
+from ctrl import Estimate, Multistep2, NetworkCritic, Noise, path_kl
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm, PPOClip, PPOPenalty
 from ctrl.fit import Run, Settings
-from ctrl.precision import FEW, few_of, full, precision_of
 from ctrl.regularize import actions_kl
-from ctrl.replay import Replay
 from ctrl.rollout import NotFinite
+from ctrl.training import guards
+from ctrl.training.precision import FEW, few_of, full, precision_of
+from ctrl.training.replay import Replay
 from scale import models as models_of_scale
 from scale.diffusion import Decoded, Prompts, Score
 from scale.diffusion import problem as scale_problem
@@ -136,7 +137,7 @@ def test_kl_is_measured_in_float32_along_a_few_paths(algorithm):
     problem, policies = given["problem"], [copy.deepcopy(given["built"][0])]
 
     def look(run, metrics):
-        few, batch = few_of(24, Noise(0, run.epoch - 1)), run.replay.batches[-1]
+        few, batch = few_of(24, Noise(0, run.epoch - 1)), run.replay.collections[-1]
         policies.append(copy.deepcopy(run.policy))
         kls = {"kl": (policies[-2], problem.reference), "step_kl": policies[:-3:-1]}
         for name in kls.keys() & metrics.keys():
@@ -152,7 +153,8 @@ class Still(Algorithm):
     """Learns nothing."""
 
     def learn(self, run):
-        run.lay_actions()
+        run.record_actions()
+        yield from ()
 
 
 @pytest.mark.parametrize("world", [3, 2 * FEW])
@@ -251,33 +253,26 @@ class Watched(DDPO):
         return super().loss(chain, policy, nodes)
 
 
-class FirstUpdateError(Exception):
-    """Ends a run at its first update, before the step."""
-
-
 def test_a_policy_is_compared_in_the_shapes_of_its_rollout_and_rounding_is_allowed_for_with_guidance(monkeypatch):
     """In the same shapes it is the same to the last bit; in those of an update, rounding is more nats than without
     guidance could be, and less than are allowed."""
-    run = embedded(mismatch=0.0)
-    batch = run.collect()
-    update = run.at_nodes(run.policy, batch, size=2)[:-1]
+    run = embedded(mismatch=math.inf)
+    epoch = run.begin_epoch()
+    (batch,) = epoch.collections
+    update = epoch.at_nodes(run.policy, batch, size=2)[:-1]
     apart = actions_kl(run.problem, batch.trajectory, *(torch.cat([a, a[-1:]]) for a in (update, batch.trajectory.a)))
     allowed = guards.rounding(run.problem, "bf16")
     assert run.problem.error_gain == 5**2 + 4**2
     assert allowed / run.problem.error_gain < float(apart.mean()) < allowed
     monkeypatch.setattr(guards, "rounding", lambda problem, precision: 0.0)
-    guards.same_policy(run, batch)
+    exact = dataclasses.replace(epoch, settings=dataclasses.replace(run.settings, mismatch=0.0))
+    assert guards.check_on_policy(exact, batch) is None
 
 
 def test_ratios_are_one_before_the_first_update(monkeypatch):
     """Of all three nodes of a hand, in parts of two."""
-
-    def stop(*parameters):
-        raise FirstUpdateError
-
-    monkeypatch.setattr(Run, "_add_up", stop)
     monkeypatch.setattr(Watched, "seen", [])
-    with pytest.raises(FirstUpdateError):
-        embedded(mismatch=math.inf).step_epoch()
+    run = embedded(mismatch=math.inf)
+    run.engine.differentiate(next(run.algorithm.learn(run.begin_epoch())))
     assert [len(part) for part in Watched.seen] == [2, 2]
     assert not torch.cat(Watched.seen).any()

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrl import processes
-from ctrl.processes import equal_shares
+from ctrl.training.processes import equal_shares
 
 
 @given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 9), st.integers(0, 99))

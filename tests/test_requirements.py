@@ -11,9 +11,9 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 
-from ctrl import checkpoint
-from ctrl.device import make_accelerator
-from ctrl.replay import epoch_bytes
+from ctrl.training import checkpoint, files
+from ctrl.training.device import make_accelerator
+from ctrl.training.replay import epoch_bytes
 from scale import cifar10, models, pixels, sd15, settings, tuning
 from scale.make_tiny_sd import untrained
 from scale.prompts import read
@@ -152,7 +152,7 @@ def test_the_account_of_memory_and_disk_is_what_a_run_takes(model, tmp_path, cha
         tuning.learn(s, task, accelerator)
     before = held["weights"] + held["untuned weights"]
     assert meter.most == pytest.approx(sum(held.values()) - before, rel=0.25)
-    written = sum(f.stat().st_size for f in checkpoint.newest(tmp_path).rglob("*"))
+    written = sum(f.stat().st_size for f in files.newest(tmp_path).rglob("*"))
     tensors = sum(p.requires_grad for module in learning(task).values() for p in module.parameters())
     assert written == pytest.approx(disk, rel=0.1, abs=2**10 * tensors + 2**14)
 

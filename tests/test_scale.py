@@ -108,7 +108,7 @@ def ends(pipeline: StableDiffusionPipeline, found: dict[str, Tensor]):
     """A callback that rewards the decoded ends of the newest trajectories again, through the pipeline's own parts."""
 
     def callback(run: Run, metrics: dict[str, object]) -> None:
-        path = run.replay.batches[-1].trajectory
+        path = run.replay.collections[-1].trajectory
         with torch.no_grad():
             decoded = pipeline.vae.decode(path.x[-1] / pipeline.vae.config.scaling_factor).sample
         images = pipeline.image_processor.postprocess(decoded, output_type="pt")

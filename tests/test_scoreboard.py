@@ -17,6 +17,7 @@ from ctrl.algorithms import (
     PPOClip,
     PPOPenalty,
 )  # fmt: skip
+from ctrl.algorithms.base import Update
 from ctrl.linop import dot
 from toy import catalogue
 from toy.scoreboard import check, reference_regret, score
@@ -29,9 +30,9 @@ class Mine(Algorithm):
     wrong: str = ""
 
     def learn(self, run):
-        run.lay_actions()
-        for nodes in run.deal(1, 512):
-            run.update("policy", lambda n: self.loss(run, n), nodes, 512)
+        run.record_actions()
+        for nodes in run.minibatches(1, 512):
+            yield Update("policy", lambda n: self.loss(run, n), nodes, 512)
 
     def loss(self, run, n):
         a = run.policy(n.t, n.x, n.cond)
@@ -125,9 +126,10 @@ def test_score_of_the_optimum():
 def test_check_says_when_nothing_is_learned():
     class Idle(Algorithm):
         def learn(self, run):
-            run.lay_actions()
+            run.record_actions()
+            yield from ()
 
-    with pytest.raises(ValueError, match=r'never calls run.update\("policy"'):
+    with pytest.raises(ValueError, match=r'never yields Update\("policy"'):
         check(Idle())
     with pytest.raises(ValueError, match="transition density"):
         check(DDPO(), solver=Exact(lambda t0, t1: None))

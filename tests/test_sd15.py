@@ -27,9 +27,9 @@ from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
 from ctrl.algorithms import KLBudget
-from ctrl.device import is_cpu
 from ctrl.fit import fit
-from ctrl.lock import FILE
+from ctrl.training.device import is_cpu
+from ctrl.training.lock import FILE
 from scale import make_tiny_sd, models, sd15, tuning
 from scale.evaluate import draw
 from scale.make_tiny_sd import Recipe, untrained
@@ -177,7 +177,7 @@ def test_a_stopped_run_goes_on(model, tmp_path):
         assert torch.equal(p, q)
     folder = export(Export(tmp_path / "whole", epoch=1))
     exported = StableDiffusionPipeline.from_pretrained(tmp_path / "whole" / "pipeline").unet.state_dict()
-    held = load_file(folder / "model.safetensors")
+    held = load_file(folder / "policy.safetensors")
     assert folder.name == "epoch-000001" and all(torch.equal(v, held[f"unet.{k}"]) for k, v in exported.items())
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     merits = [m["reward"] - 0.1 * m["kl"] for m in map(json.loads, lines)]
@@ -347,7 +347,7 @@ def test_a_stopped_run_with_adapters_goes_on(model, tmp_path):
     trained = {f"unet.{name}": p for name, p in again.named_parameters() if p.requires_grad}
     assert all(torch.equal(whole[name.removeprefix("unet.")], p) for name, p in trained.items())
     folder = export(Export(tmp_path / "run", epoch=1))
-    held = [load_file(folder / file) for file in ("model.safetensors", "ema.safetensors")]
+    held = [load_file(folder / file) for file in ("policy.safetensors", "ema.safetensors")]
     assert {*held[0]} == {*held[1]} == {*trained}
     exported = load_file(tmp_path / "run" / "lora" / "pytorch_lora_weights.safetensors")
     assert sorted(float(v.norm()) for v in exported.values()) == sorted(float(v.norm()) for v in held[1].values())

@@ -1,4 +1,4 @@
-"""ctrl/stops.py: a run that is told to end keeps its epoch, says so by its exit status, and can go on."""
+"""ctrl/training/interrupts.py: a run that is told to end keeps its epoch, says so by its exit status, and can go on."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ import pytest
 from test_checkpoint import CASES, same_run, whole
 from test_fit import fresh_engine, train  # noqa: F401
 
-from ctrl import checkpoint
-from ctrl.stops import Stopped
+from ctrl.training import files
+from ctrl.training.interrupts import Stopped
 
 CASE = {**CASES["actor-critic"], "epochs": 6}
 
@@ -45,14 +45,14 @@ def test_a_signal_ends_the_run_after_its_epoch(number, tmp_path, capsys):
     assert end.value.code == 128 + number
     assert f"{number.name}: stopped after epoch 3 of 6, which is kept; resume goes on" in capsys.readouterr().out
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-    assert checkpoint.newest(tmp_path).name == "epoch-000003"
+    assert files.newest(tmp_path).name == "epoch-000003"
     same_run(train(**CASE, out=tmp_path, init=8, resume=True), whole("actor-critic"), tmp_path)
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(**CASE, out=tmp_path, callbacks=[send(3, signal.SIGINT, signal.SIGINT)])
-    assert checkpoint.folders(tmp_path) == []
+    assert files.folders(tmp_path) == []
 
 
 def test_a_second_signal_ends_what_a_shell_has_in_the_background():
@@ -60,7 +60,7 @@ def test_a_second_signal_ends_what_a_shell_has_in_the_background():
     twice = "os.kill(os.getpid(), signal.SIGINT)\n    time.sleep(0.1)\n    " * 2
     code = f"""
 import os, signal, time
-from ctrl.stops import Stops
+from ctrl.training.interrupts import Stops
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 with Stops(None, True):
     {twice}print("not ended")
@@ -94,5 +94,5 @@ def test_a_time_limit_is_a_signal(tmp_path):
     with pytest.raises(Stopped) as end:
         train(**CASE, out=tmp_path, max_hours=1e-9)
     assert end.value.code == 128 + signal.SIGTERM
-    assert checkpoint.newest(tmp_path).name == "epoch-000001"
+    assert files.newest(tmp_path).name == "epoch-000001"
     same_run(train(**CASE, out=tmp_path, max_hours=1.0, init=8, resume=True), whole("actor-critic"), tmp_path)

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import gpu, peer, race, scaling, throughput, timing
+from benchmarks import throughput
 from benchmarks.memory import mebibytes
-from benchmarks.timing import Comparison, Pass, Passes, Profile, interleaved, patched, ratio
+from benchmarks.speed import gpu, peer, race, scaling, subjects, timing
+from benchmarks.speed.timing import Comparison, Pass, Passes, Profile, interleaved, patched, ratio
 from scale import models, sd15, tuning
 from scale.settings import EMBEDDED
 
@@ -116,7 +117,7 @@ def test_a_pass_has_as_many_samples_as_its_batch():
 
 def test_a_rollout_is_its_passes_and_little_else():
     """As many calls of the policy as the solver takes, and none of the reference."""
-    subject = throughput.mixture()
+    subject = subjects.mixture()
     with Passes(*subject.networks) as passes:
         subject.rollout(8)()
     assert [p.samples for p in passes.passes] == [8] * 2 * subject.run.settings.steps
@@ -125,13 +126,12 @@ def test_a_rollout_is_its_passes_and_little_else():
 
 
 def test_an_update_alone_is_the_first_of_an_epoch():
-    subject = throughput.mixture()
+    subject = subjects.mixture()
     update = subject.update()
     with Passes(*subject.networks) as passes:
         update()
     (only,) = passes.passes
-    assert only.samples == subject.run.algorithm.nodes and only.backwards == 1
-    assert "update" not in vars(subject.run)  # what watched it is gone
+    assert only.samples == subject.run.algorithm.algorithm.nodes and only.backwards == 1
 
 
 # ------------------------------------------------------------------------------------------ profiles
@@ -159,7 +159,7 @@ def test_a_part_has_what_is_its_own(clock):
 
 
 def test_the_shares_of_an_epoch_are_the_whole():
-    subject = throughput.mixture()
+    subject = subjects.mixture()
     found = subject.profile(subject.run.step_epoch)
     assert {"policy", "critic", "backward, policy", "backward, critic", "optimiser", "random numbers"} <= set(found)
     assert min(found.values()) > 0
@@ -276,9 +276,9 @@ def test_what_the_accelerator_would_measure_is_measured(tmp_path):
 def calls_per_image(folder, share):
     """Network calls per image of an epoch by default; steps are few, which are not what is looked at."""
     s = gpu.settings(peer.MODEL, folder, share, steps=2, precision="no", batch=64, micro_batch=64)
-    run = throughput.fine_tuning("gpu", sd15, s, 1.0).run
+    run = subjects.fine_tuning("gpu", sd15, s, 1.0).run
     run.step_epoch()
-    return run.counts["network_calls"] / s.samples
+    return run.metrics.counts["network_calls"] / s.samples
 
 
 def test_the_defaults_are_what_is_measured():

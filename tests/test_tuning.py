@@ -16,9 +16,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ctrl import DDIM, Estimate, Heun, checkpoint
+from ctrl import DDIM, Estimate, Heun
 from ctrl.algorithms import NextValue, PPOPenalty, TDForm
-from ctrl.guards import Guards
+from ctrl.training import files
+from ctrl.training.guards import Guards
 from scale import report, tuning
 from scale.evaluate import calls_of_nats
 from scale.samplers import BlackBox
@@ -293,8 +294,8 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
         save_file(
             {"mean.unet.w": torch.full((1,), float(epoch)), "mean.other": torch.zeros(1)}, folder / "model.safetensors"
         )
-        (folder / checkpoint.PROGRESS).write_text("{}")
-        (folder / checkpoint.MANIFEST).write_text(json.dumps(checkpoint.manifest(folder)))
+        (folder / files.PROGRESS).write_text("{}")
+        (folder / files.MANIFEST).write_text(json.dumps(files.manifest(folder)))
     lines = [json.dumps({"reward": reward, "kl": kl}) for reward, kl in ((1.0, 0.0), (2.0, 5.0), (0.5, 0.0))]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert tuning.chosen(tuning.Export(tmp_path), 0.1).name == "epoch-000002"

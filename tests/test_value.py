@@ -142,13 +142,13 @@ def test_a_known_action_of_the_reference_saves_the_call(kind):
 
     a_ref, V = p.reference(t, x, cond), kind(p, seen).value(t, x, cond)
     silent = kind(replace(p, reference=None), seen)
-    assert torch.equal(silent.value_beside(t, x, a_ref, cond), V)
-    assert not torch.isclose(silent.value_beside(t, x, a_ref + 1, cond), V).any()
+    assert torch.equal(silent.value_given_reference(t, x, a_ref, cond), V)
+    assert not torch.isclose(silent.value_given_reference(t, x, a_ref + 1, cond), V).any()
 
 
 def test_a_critic_that_never_asks_ignores_it():
     x, t = states(), torch.full((5,), 0.4)
-    assert torch.equal(Quadratic().value_beside(t, x, None), Quadratic().value(t, x))
+    assert torch.equal(Quadratic().value_given_reference(t, x, None), Quadratic().value(t, x))
 
 
 def test_default_pair_is_the_papers():

@@ -15,27 +15,28 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ctrl import grids
-from ctrl.algorithms import Algorithm
-from ctrl.device import make_accelerator
+from ctrl.algorithms.base import Algorithm, Annotate, Context
 from ctrl.estimate import Estimate
-from ctrl.fit import Label, Learner, Loss, Run, Settings
+from ctrl.fit import Run, Settings
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
 from ctrl.linop import dot
+from ctrl.nodes import Collection, Nodes
 from ctrl.noise import Noise
 from ctrl.noising import VPLinear
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
-from ctrl.replay import Batch, Nodes
 from ctrl.rollout import Trajectory, batch_times, rollout
 from ctrl.solvers import Exponential, Heun, Solver
+from ctrl.training.device import make_accelerator
+from ctrl.training.epoch import Epoch
 from ctrl.value import Critic
 from toy.catalogue import Entry
 from toy.gaussian import GaussianDiffusion, GaussianLaw, QuadraticReward
@@ -174,43 +175,48 @@ class Finding:
     message: str
 
 
-class _Probed(Exception):
-    """The gradient is there."""
+class AllNodes:
+    """What an algorithm may ask for, but that a minibatch is all that the newest collection has."""
 
+    def __init__(self, epoch: Epoch) -> None:
+        self._epoch = epoch
 
-class _Probe(Run):
-    """A run that learns nothing: it deals all nodes at once and stops at the policy's first gradient."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoch, name)
 
-    def deal(
-        self, updates: int, size: int, *, last: int | None = None, label: Label | None = None, calls: int = 1
+    def with_problem(self, problem: Problem) -> AllNodes:
+        return AllNodes(self._epoch.with_problem(problem))
+
+    def minibatches(
+        self, updates: int, size: int, *, last: int | None = None, annotate: Annotate | None = None, calls: int = 1
     ) -> Iterator[Nodes]:
-        nodes = self.nodes(self.replay.batches[-1], range((self.settings.steps if last is None else last) + 1))
-        yield self.labelled(nodes, label, calls * len(nodes))
+        epoch = self._epoch
+        nodes = epoch.nodes(epoch.collections[-1], range((epoch.steps if last is None else last) + 1))
+        yield epoch.annotated(nodes, annotate, calls * len(nodes))
 
-    def deal_paths(self, updates: int, size: int) -> Iterator[Batch]:
-        yield self.replay.batches[-1]
+    def path_minibatches(self, updates: int, size: int) -> Iterator[Collection]:
+        yield self._epoch.collections[-1]
 
-    def update(self, name: str, loss: Loss, nodes: Nodes, size: int, calls: int = 1) -> None:
-        if name == "policy":
-            self.backward(self.learners[name], loss, nodes, len(nodes))
-            raise _Probed
 
-    def gradient(self) -> Tensor:
-        """The algorithm's estimate of grad J from one epoch's trajectories."""
-        self.replay.batches = []
-        try:
-            self.step_epoch()
-        except _Probed:
-            self.epoch += 1
-            policy: Learner = self.learners["policy"]
-            return -torch.cat([p.grad.flatten().cpu() for p in policy.trained if p.grad is not None])
-        raise ValueError(f'{type(self.algorithm).__name__}.learn never calls run.update("policy", ...)')
+def first_gradient(run: Run) -> Tensor:
+    """The algorithm's estimate of grad J from an epoch's trajectories, from all of their nodes; nothing learns."""
+    epoch = run.begin_epoch()
+    if epoch is None:
+        raise ValueError("a rollout left the numbers, so there is no gradient")
+    updates = run.algorithm.learn(cast(Context, AllNodes(epoch)))
+    update = next((update for update in updates if update.name == "policy"), None)
+    if update is None:
+        raise ValueError(f'{type(run.algorithm).__name__}.learn never yields Update("policy", ...)')
+    run.engine.differentiate(dataclasses.replace(update, size=len(update.nodes)))
+    run.epoch += 1
+    run.replay.collections = []
+    return -torch.cat([p.grad.flatten().cpu() for p in run.engine.learners["policy"].trained if p.grad is not None])
 
 
 def gradients(
     problem: Problem, policy: nn.Module, algorithm: Algorithm, critic: Critic | None, settings: Settings, epochs: int
 ) -> Tensor:
-    """An algorithm's estimates of grad J at fixed parameters, one an epoch, (epochs, P), in float64; nothing learns.
+    """An algorithm's estimates of grad J at fixed parameters, one an epoch, (epochs, P), in float64.
 
     The algorithm's own code, from rollout to loss, on all nodes of an epoch at once.
     """
@@ -218,8 +224,8 @@ def gradients(
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        run = _Probe(problem, policy, algorithm, critic, None, settings, make_accelerator())
-        return torch.stack([run.gradient() for _ in range(epochs)])
+        run = Run(problem, policy, algorithm, critic, None, settings, make_accelerator())
+        return torch.stack([first_gradient(run) for _ in range(epochs)])
     finally:
         torch.set_default_dtype(before)
 

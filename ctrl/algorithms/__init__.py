@@ -1,4 +1,4 @@
-"""Algorithms, one short file each. All are handed the same run (`ctrl.fit`) and learn from what it collected.
+"""Algorithms, one short file each. All ask the same of a run (`Context`), and yield the updates they want (`Update`).
 
 actor_critic       the default: replay, corrected critic targets, regression on the greedy action
 ppo                a trust region in nats of path KL, by a penalty or pointwise
@@ -17,7 +17,7 @@ ddpo               the discrete-time baseline
 from ctrl.algorithms.actor_critic import ActorCritic
 from ctrl.algorithms.adjoint_matching import AdjointMatching
 from ctrl.algorithms.advantage_matching import AWM, DiffusionNFT
-from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.base import Algorithm, Context, Update
 from ctrl.algorithms.ddpo import DDPO
 from ctrl.algorithms.forward_matching import ForwardMatching
 from ctrl.algorithms.inverse_rl import InverseRL
@@ -34,6 +34,7 @@ __all__ = [
     "ActorCritic",
     "AdjointMatching",
     "Algorithm",
+    "Context",
     "DiffusionNFT",
     "ForwardMatching",
     "GaussianNetwork",
@@ -46,4 +47,5 @@ __all__ = [
     "PolicyIteration",
     "QLearning",
     "TDForm",
+    "Update",
 ]

@@ -12,25 +12,24 @@ is the policy gradient (arXiv 2502.01819), many are a step of policy iteration.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, check_noise, check_price
+from ctrl.algorithms.base import Algorithm, Context, Update, check_noise, check_price
 from ctrl.evaluation import determined, increments, policy_slope, targets
+from ctrl.fields import Amount, Count, NotNegative
 from ctrl.gaussian import Mean
 from ctrl.linop import dot
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem
 from ctrl.qvalue import greedy
 from ctrl.regularize import drawn_back
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -49,39 +48,41 @@ class ActorCritic(Algorithm):
             shorter than the gradient's.
     """
 
-    critic_updates: int = 12
-    actor_updates: int = 12
-    nodes: int = 256
-    keep: int = 16
-    trace: float = 3.0
+    critic_updates: Amount = 12
+    actor_updates: Amount = 12
+    nodes: Count = 256
+    keep: Count = 16
+    trace: NotNegative = 3.0
     critic_control: bool = False
-    nats: float = 8.0
+    nats: Annotated[float, "in (0, inf]"] = 8.0
 
-    def learn(self, run: Run) -> None:
-        run.lay_actions()
-        *older, newest = run.replay.batches
-        newest.lay("a", newest.fields["a_old"])  # nothing has moved since it acted
-        for batch in older:
-            batch.lay("a", run.at_nodes(run.policy, batch))
-        for batch in run.replay.batches:
-            batch.lay("target", self.targets(run, run.here(batch)))
-        for nodes in run.deal(self.critic_updates, self.nodes):
-            run.update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
-        improve(run, self.actor_updates, self.nodes, self.nats)
+    def learn(self, run: Context) -> Iterator[Update]:
+        run.record_actions()
+        *older, newest = run.collections
+        newest.attach("a", newest.fields["a_old"])  # nothing has moved since it acted
+        for collection in older:
+            collection.attach("a", run.at_nodes(run.policy, collection))
+        for collection in run.collections:
+            collection.attach("target", self.targets(run, run.here(collection)))
+        for nodes in run.minibatches(self.critic_updates, self.nodes):
+            yield Update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
+        yield from improve(run, self.actor_updates, self.nodes, self.nats)
 
-    def targets(self, run: Run, batch: Batch) -> Tensor:
+    def targets(self, run: Context, collection: Collection) -> Tensor:
         """What the critic is to be at each node, (N+1, B)."""
-        a, a_ref, a_old = (batch.fields[name] for name in ("a", "a_ref", "a_old"))
+        a, a_ref, a_old = (collection.fields[name] for name in ("a", "a_ref", "a_old"))
         if self.critic_control or not determined(run.problem):
-            p = run.at_nodes(run.critic.grad, batch, size=run.settings.micro_batch)
+            p = run.at_nodes(run.critic.grad, collection, size=run.micro_batch)
         else:
-            t, _, _ = batch.trajectory.flat()
-            p = policy_slope(run.problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(batch.trajectory.x.shape)
-        value = run.at_nodes(run.critic.value_beside, batch, "a_ref") if self.trace else None
-        _, _, ids = batch.trajectory.flat()
+            t, _, _ = collection.trajectory.flat()
+            p = policy_slope(run.problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(
+                collection.trajectory.x.shape
+            )
+        value = run.at_nodes(run.critic.value_given_reference, collection, "a_ref") if self.trace else None
+        _, _, ids = collection.trajectory.flat()
         cond = run.conditions(ids)
-        steps = increments(run.problem, batch.trajectory, a, a_ref, a_old, p, cond)
-        return targets(run.problem, batch.trajectory, value, steps, self.trace)
+        steps = increments(run.problem, collection.trajectory, a, a_ref, a_old, p, cond)
+        return targets(run.problem, collection.trajectory, value, steps, self.trace)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if critic is None:
@@ -93,20 +94,20 @@ class ActorCritic(Algorithm):
 
 def critic_loss(critic: Critic, nodes: Nodes) -> Tensor:
     """|target - V|², (n,)."""
-    return (nodes["target"] - critic.value_beside(nodes.t, nodes.x, nodes["a_ref"], nodes.cond)).square()
+    return (nodes["target"] - critic.value_given_reference(nodes.t, nodes.x, nodes["a_ref"], nodes.cond)).square()
 
 
-def improve(run: Run, updates: int, size: int, nats: float = math.inf) -> None:
+def improve(run: Context, updates: int, size: int, nats: float = math.inf) -> Iterator[Update]:
     """The policy regresses on the action that is greedy for the critic, `nats` from its own at most: `updates`
     optimiser steps of `size` nodes."""
     rate = nats / run.problem.horizon
 
-    def label(n: Nodes) -> dict[str, Tensor]:
+    def annotate(n: Nodes) -> dict[str, Tensor]:
         best = greedy(run.problem, n.t, n["a_ref"], run.critic.grad(n.t, n.x, n.cond))
         return {"best": drawn_back(run.problem, n.t, best, n["a"], rate)}
 
-    for nodes in run.deal(updates, size, label=label):
-        run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, size)
+    for nodes in run.minibatches(updates, size, annotate=annotate):
+        yield Update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, size)
 
 
 def actor_loss(problem: Problem, policy: Mean, nodes: Nodes) -> Tensor:

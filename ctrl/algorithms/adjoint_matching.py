@@ -17,23 +17,21 @@ Needs a reward and a reference that are differentiable in x; no critic.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import actor_loss
-from ctrl.algorithms.base import Algorithm, check_price
+from ctrl.algorithms.base import Algorithm, Context, Update, check_price
+from ctrl.fields import Count
 from ctrl.gradient import adjoint, lean_adjoint
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem
 from ctrl.qvalue import greedy
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -44,35 +42,35 @@ class AdjointMatching(Algorithm):
         lean: follow the reference; or else the policy.
     """
 
-    updates: int = 20
-    nodes: int = 1024
+    updates: Count = 20
+    nodes: Count = 1024
     lean: bool = True
 
-    def learn(self, run: Run) -> None:
-        (batch,) = run.replay.batches
-        p, *a_ref = self.adjoints(run, batch)
-        run.lay_actions(*a_ref)
-        batch.lay("p", p)
+    def learn(self, run: Context) -> Iterator[Update]:
+        (collection,) = run.collections
+        p, *a_ref = self.adjoints(run, collection)
+        run.record_actions(*a_ref)
+        collection.attach("adjoint", p)
 
-        def label(n: Nodes) -> dict[str, Tensor]:
-            return {"best": greedy(run.problem, n.t, n["a_ref"], n["p"])}
+        def annotate(n: Nodes) -> dict[str, Tensor]:
+            return {"best": greedy(run.problem, n.t, n["a_ref"], n["adjoint"])}
 
-        for nodes in run.deal(self.updates, self.nodes, label=label, calls=0):
-            run.update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, self.nodes)
+        for nodes in run.minibatches(self.updates, self.nodes, annotate=annotate, calls=0):
+            yield Update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, self.nodes)
 
-    def adjoints(self, run: Run, batch: Batch) -> list[Tensor]:
+    def adjoints(self, run: Context, collection: Collection) -> list[Tensor]:
         """p at every node, (N+1, B, *D), and, when it was asked for that, the reference; `settings.micro_batch`
         paths at a time: each holds the graph of a node."""
         parts = []
-        for b in torch.arange(batch.samples).split(run.settings.micro_batch):
-            path = batch.take(b).trajectory
+        for b in torch.arange(collection.samples).split(run.micro_batch):
+            path = collection.take(b).trajectory
             path = replace(path, cond=run.conditions(path.ids))
-            with run.accelerator.autocast():
+            with run.autocast():
                 found = lean_adjoint(run.problem, path) if self.lean else (adjoint(run.problem, path, run.policy),)
             parts.append([v.to(path.x.dtype) for v in found])
-        samples = run.settings.samples
-        run.counts["network_calls"] += samples * (batch.steps + 1) * (1 if self.lean else 2)  # reference, and policy
-        run.counts["reward_gradients"] = run.counts.get("reward_gradients", 0) + samples
+        samples = run.samples
+        run.count("network_calls", samples * (collection.steps + 1) * (1 if self.lean else 2))  # reference, and policy
+        run.count("reward_gradients", samples)
         return [torch.cat(v, 1) for v in zip(*parts, strict=True)]
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:

@@ -21,24 +21,22 @@ actions cost, as the anchored target of `ForwardMatching` does.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm
-from ctrl.algorithms.forward_matching import check_reversal, lay_gains, regression_weight, renoise
+from ctrl.algorithms.base import Algorithm, Context, Update
+from ctrl.algorithms.forward_matching import attach_advantages, check_reversal, regression_weight, renoise
+from ctrl.fields import Count, Positive
 from ctrl.forward import bridge_score
 from ctrl.linop import broadcast, dot
-from ctrl.noise import Noise
+from ctrl.nodes import Nodes
 from ctrl.problem import Problem, ScoreAsAction
-from ctrl.replay import Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -48,28 +46,29 @@ class AdvantageMatching(Algorithm):
         updates, nodes: optimiser steps per epoch, and how many nodes each sees, over all processes.
     """
 
-    updates: int = 20
-    nodes: int = 1024
+    updates: Count = 20
+    nodes: Count = 1024
 
-    def learn(self, run: Run) -> None:
-        problem, (batch,) = run.problem, run.replay.batches
-        assert isinstance(problem, ScoreAsAction) and batch.trajectory.reward is not None
-        run.lay_actions()
-        batch.lay("return", batch.trajectory.reward.expand(batch.steps + 1, -1))
-        renoise(problem, batch, Noise(run.settings.seed, run.epoch))
-        lay_gains(run)
-        batch.lay("a_old", run.at_nodes(run.policy, batch))
-        run.lay_old_actions(self.nodes)
-        deviation, left = run.summary()["reward_std"], batch.steps / (batch.steps + 1)  # of the nodes that are dealt
+    def learn(self, run: Context) -> Iterator[Update]:
+        problem, (collection,) = run.problem, run.collections
+        assert isinstance(problem, ScoreAsAction)
+        run.record_actions()
+        collection.attach("return", collection.rewards.expand(collection.steps + 1, -1))
+        renoise(problem, collection, run.noise)
+        attach_advantages(run)
+        collection.attach("a_old", run.at_nodes(run.policy, collection))
+        run.record_actions_again(self.nodes)
+        deviation = run.logged("reward_std")
+        left = collection.steps / (collection.steps + 1)  # of the nodes, those that are drawn
 
-        def label(n: Nodes) -> dict[str, Tensor]:
+        def annotate(n: Nodes) -> dict[str, Tensor]:
             return {"a_ref": problem.reference(n.t, n.x, n.cond)}
 
         def loss(n: Nodes) -> Tensor:
             return left * self.loss(problem, run.policy(n.t, n.x, n.cond), n, deviation)
 
-        for nodes in run.deal(self.updates, self.nodes, last=batch.steps - 1, label=label):
-            run.update("policy", loss, nodes, self.nodes)
+        for nodes in run.minibatches(self.updates, self.nodes, last=collection.steps - 1, annotate=annotate):
+            yield Update("policy", loss, nodes, self.nodes)
 
     @abstractmethod
     def loss(self, problem: ScoreAsAction, a: Tensor, n: Nodes, deviation: float) -> Tensor:
@@ -89,7 +88,7 @@ class AWM(AdvantageMatching):
             of a rectified flow, uniform in its time: at the noise end that is x0hat's.
     """
 
-    clip: float = 1e-3
+    clip: Positive = 1e-3
     weight: Literal["eps", "x0hat"] = "x0hat"
 
     def loss(self, problem: ScoreAsAction, a: Tensor, n: Nodes, deviation: float) -> Tensor:
@@ -97,7 +96,7 @@ class AWM(AdvantageMatching):
         variance = problem.noising.sigma(problem.s(n.t)).square()
         square = regression_weight(problem, n.t, self.weight) * variance
         now, old = (-square * dot(score - v, score - v) / (2 * dim) for v in (a, n["a_old"]))
-        ratio, A, off = (now - old).exp(), n["gain"], a - n["a_ref"]
+        ratio, A, off = (now - old).exp(), n["advantage"], a - n["a_ref"]
         gain = torch.minimum(ratio * A, ratio.clamp(1 - self.clip, 1 + self.clip) * A)
         log_snr = n.w * problem.rate(n.t) / variance  # what a node stands for
         return log_snr * (problem.beta * square * dot(off, off) / 2 - dim * gain)
@@ -111,14 +110,14 @@ class DiffusionNFT(AdvantageMatching):
         most: deviations of the rewards at which advantages are cut.
     """
 
-    step: float = 1.0
-    most: float = 5.0
+    step: Positive = 1.0
+    most: Positive = 5.0
 
     def loss(self, problem: ScoreAsAction, a: Tensor, n: Nodes, deviation: float) -> Tensor:
         end, most = n["end"], self.most * max(deviation, torch.finfo(a.dtype).tiny)
         old = problem.endpoint(n.t, n.x, n["a_old"])
         moved = self.step * (problem.endpoint(n.t, n.x, a) - old)
-        good = (1 + (n["gain"] / most).clamp(-1, 1)) / 2
+        good = (1 + (n["advantage"] / most).clamp(-1, 1)) / 2
         pull = good * relative_miss(old + moved - end) + (1 - good) * relative_miss(old - moved - end)
         off = broadcast(problem.noising.sigma(problem.s(n.t)), a) * (a - n["a_ref"])
         return most / self.step * pull + problem.beta * dot(off, off) / a[0].numel()

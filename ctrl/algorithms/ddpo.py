@@ -11,21 +11,20 @@ Only baselines are subtracted: dividing A by its standard deviation, as the publ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, check_noise
+from ctrl.algorithms.base import Algorithm, Context, Update, check_noise
+from ctrl.fields import Amount, Count, Positive
 from ctrl.gaussian import Gaussian, Mean
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem, ScoreAsAction
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import GaussianStep, Solver, at_steps, stack_steps
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -42,33 +41,33 @@ class DDPO(Algorithm):
             all of an epoch's.
     """
 
-    passes: int = 2
-    nodes: int = 1024
-    clip: float = 0.2
+    passes: Count = 2
+    nodes: Count = 1024
+    clip: Positive = 0.2
     mean_over_dimensions: bool = False
     chain_kl: bool = False
-    group: int = 0
+    group: Amount = 0
 
-    def learn(self, run: Run) -> None:
-        samples = run.settings.samples
+    def learn(self, run: Context) -> Iterator[Update]:
+        samples = run.samples
         if (group := self.group or samples) < 2 or samples % group:
             raise ValueError(f"group must be at least 2 and divide the {samples} samples of an epoch, got {group}")
-        run.lay_actions()
-        run.lay_old_actions(self.nodes)
-        (batch,) = run.replay.batches
-        path, steps = batch.trajectory, batch.steps
-        chain = Chain(run.problem, gaussian(run.settings.solver, "DDPO"), path.t)
-        batch.lay("x_next", path.x[1:])
-        chain.lay_before(batch)
+        run.record_actions()
+        run.record_actions_again(self.nodes)
+        (collection,) = run.collections
+        path, steps = collection.trajectory, collection.steps
+        chain = Chain(run.problem, gaussian(run.solver, "DDPO"), path.t)
+        collection.attach("x_next", path.x[1:])
+        chain.attach_before(collection)
         with torch.no_grad():
-            left = run.nodes(batch, range(steps))
+            left = run.nodes(collection, range(steps))
             cost = self.cost(chain, left, left["a_old"], chain.law(left, left["a_old"], left["a_old_before"]))
         assert path.reward is not None
         decay = torch.exp(-run.problem.discount * path.t[-1]).to(path.x)
         gain = decay * path.reward - cost.view(steps, -1).flip(0).cumsum(0).flip(0)
-        batch.lay("advantage", gain - run.mean_over_others(gain, group))
-        for nodes in run.deal(self.passes * -(-steps * run.replay.samples // self.nodes), self.nodes, last=steps - 1):
-            run.update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes, chain.calls)
+        collection.attach("advantage", gain - run.mean_over_others(gain, group))
+        for nodes in run.minibatches(self.passes * -(-steps * samples // self.nodes), self.nodes, last=steps - 1):
+            yield Update("policy", lambda n: self.loss(chain, run.policy, n), nodes, self.nodes, chain.calls)
 
     def loss(self, chain: Chain, policy: Mean, nodes: Nodes) -> Tensor:
         """(n,), N times each transition's loss: the mean over nodes estimates the sum over steps."""
@@ -109,11 +108,11 @@ class Chain:
         """Of the policy, for the law of a step."""
         return 2 if self.solver.multistep else 1
 
-    def lay_before(self, batch: Batch) -> None:
+    def attach_before(self, collection: Collection) -> None:
         """Beside the nodes, what was at the one before."""
-        batch.lay("x_before", batch.trajectory.x.roll(1, 0))
+        collection.attach("x_before", collection.trajectory.x.roll(1, 0))
         for name in ("a_old", "a_ref"):
-            batch.lay(f"{name}_before", batch.fields[name].roll(1, 0))
+            collection.attach(f"{name}_before", collection.fields[name].roll(1, 0))
 
     def law(self, nodes: Nodes, a: Tensor, a_before: Tensor) -> Gaussian:
         """Of x_{k+1}, given x_k and what the step before carried along."""

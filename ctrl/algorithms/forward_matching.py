@@ -30,25 +30,22 @@ cuts the noise of the log-ratio alone, on both sides of zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, check_price
+from ctrl.algorithms.base import Algorithm, Context, Update, check_price
+from ctrl.fields import Amount, Count, NotNegative
 from ctrl.forward import bridge_score, log_ratio_rate, renoised_path
 from ctrl.linop import dot
+from ctrl.nodes import Collection, Nodes
 from ctrl.noise import Noise
 from ctrl.problem import Problem, ScoreAsAction
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -65,29 +62,29 @@ class ForwardMatching(Algorithm):
             baseline is the mean over other samples.
     """
 
-    updates: int = 20
-    nodes: int = 1024
-    keep: int = 4
+    updates: Count = 20
+    nodes: Count = 1024
+    keep: Count = 4
     target: Literal["soft", "anchored"] = "soft"
     weight: Literal["eps", "x0hat"] = "eps"
-    damping: float = 0.0
-    hold: float = 1.0
-    critic_updates: int = 20
+    damping: NotNegative = 0.0
+    hold: NotNegative = 1.0
+    critic_updates: Amount = 20
 
-    def learn(self, run: Run) -> None:
-        problem, last = run.problem, run.settings.steps - 1
+    def learn(self, run: Context) -> Iterator[Update]:
+        problem, last = run.problem, run.steps - 1
         assert isinstance(problem, ScoreAsAction)
-        run.lay_actions()
-        self.lay_returns(run, run.replay.batches[-1])
-        for batch in run.replay.batches:
-            renoise(problem, batch, Noise(run.settings.seed, run.epoch))
+        run.record_actions()
+        self.attach_returns(run, run.collections[-1])
+        for collection in run.collections:
+            renoise(problem, collection, run.noise)
         if not self.critic_updates:
-            lay_gains(run)
+            attach_advantages(run)
 
-        def label(n: Nodes) -> dict[str, Tensor]:
+        def annotate(n: Nodes) -> dict[str, Tensor]:
             found = {}
             if self.critic_updates:
-                found["gain"] = n["return"] - run.critic.value(n.t, n.x, n.cond)
+                found["advantage"] = n["return"] - run.critic.value(n.t, n.x, n.cond)
             if self.target == "anchored":
                 found["a_ref"] = problem.reference(n.t, n.x, n.cond)
             return found
@@ -96,34 +93,36 @@ class ForwardMatching(Algorithm):
             return (n["return"] - run.critic.value(n.t, n.x, n.cond)).square()
 
         calls = (self.critic_updates > 0) + (self.target == "anchored")
-        for nodes in run.deal(self.updates, self.nodes, last=last, label=label if calls else None, calls=calls):
-            run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
-        for nodes in run.deal(self.critic_updates, self.nodes, last=last):
-            run.update("critic", critic_loss, nodes, self.nodes)
+        for nodes in run.minibatches(
+            self.updates, self.nodes, last=last, annotate=annotate if calls else None, calls=calls
+        ):
+            yield Update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
+        for nodes in run.minibatches(self.critic_updates, self.nodes, last=last):
+            yield Update("critic", critic_loss, nodes, self.nodes)
 
-    def lay_returns(self, run: Run, batch: Batch) -> None:
+    def attach_returns(self, run: Context, collection: Collection) -> None:
         """Beside every node its sample's G."""
-        problem, G = run.problem, batch.trajectory.reward
+        problem, G = run.problem, collection.trajectory.reward
         assert isinstance(problem, ScoreAsAction) and G is not None
         if self.target == "soft":
-            G = G - problem.beta * log_ratio(run, batch)
-        batch.lay("return", G.expand(batch.steps + 1, -1))
+            G = G - problem.beta * log_ratio(run, collection)
+        collection.attach("return", G.expand(collection.steps + 1, -1))
 
-    def loss(self, run: Run, n: Nodes) -> Tensor:
+    def loss(self, run: Context, n: Nodes) -> Tensor:
         """(n,): the mean over nodes estimates the integral."""
         problem = run.problem
         assert isinstance(problem, ScoreAsAction)
         a = run.policy(n.t, n.x, n.cond)
         miss = bridge_score(problem, n.t, n.x, n["end"]) - a
         w = regression_weight(problem, n.t, self.weight)
-        gain = n["gain"]
+        gain = n["advantage"]
         if self.hold:
             gain = gain.clamp(-self.hold * problem.beta, self.hold * problem.beta) + self.hold * problem.beta
         loss = w * gain * dot(miss, miss) / 2
         if self.target == "anchored":
             off = a - n["a_ref"]
             loss = loss + (w + self.damping) * problem.beta * dot(off, off) / 2
-        left = run.settings.steps / (run.settings.steps + 1)  # of the nodes, those that are dealt
+        left = run.steps / (run.steps + 1)  # of the nodes, those that are drawn
         return left * n.w * problem.rate(n.t) * loss
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
@@ -147,39 +146,40 @@ def regression_weight(problem: ScoreAsAction, t: Tensor, weight: str) -> Tensor:
     return (-problem.noising.log_snr(problem.s(t))).exp() if weight == "x0hat" else torch.ones_like(t)
 
 
-def renoise(problem: ScoreAsAction, batch: Batch, noise: Noise) -> None:
-    """From here on the states of the batch are its ends, noised anew; the ends themselves lie beside them."""
-    path, end = batch.trajectory, batch.trajectory.x[-1]
+def renoise(problem: ScoreAsAction, collection: Collection, noise: Noise) -> None:
+    """From here on the states of the collection are its ends, noised anew; the ends themselves lie beside them."""
+    path, end = collection.trajectory, collection.trajectory.x[-1]
     x = renoised_path(problem, path.t, end, noise, path.ids)
     x[-1] = end
-    batch.trajectory = replace(path, x=x, a=None, xi=None)
-    batch.fields = {"return": batch.fields["return"]}
-    batch.lay("end", end.expand_as(x))
+    collection.trajectory = replace(path, x=x, a=None, xi=None)
+    collection.fields = {"return": collection.fields["return"]}
+    collection.attach("end", end.expand_as(x))
 
 
-def log_ratio(run: Run, batch: Batch) -> Tensor:
-    """log dP_a/dP_ref of a batch's ends under the policy as it is, from nodes that nothing else is learned from, (B,).
-    What stands at the last node is what stands at the one before, where noise is left."""
-    problem, path = run.problem, batch.trajectory
+def log_ratio(run: Context, collection: Collection) -> Tensor:
+    """log dP_a/dP_ref of the ends of a collection under the policy as it is, (B,), from nodes that nothing else is
+    learned from. What stands at the last node is what stands at the one before, where noise is left."""
+    problem, path = run.problem, collection.trajectory
     assert isinstance(problem, ScoreAsAction)
-    x = renoised_path(problem, path.t, path.x[-1], Noise(run.settings.seed, run.epoch), path.ids, turn=1)
-    nodes = Batch(replace(path, x=x, a=None, xi=None))
+    x = renoised_path(problem, path.t, path.x[-1], run.noise, path.ids, turn=1)
+    nodes = Collection(replace(path, x=x, a=None, xi=None))
     a, a_ref = (run.at_nodes(f, nodes) for f in (run.policy, problem.reference))
-    t = nodes.trajectory.flat()[0][: batch.steps * batch.samples]
+    t = nodes.trajectory.flat()[0][: collection.steps * collection.samples]
     states = (v[:-1].flatten(0, 1) for v in (x, path.x[-1:].expand_as(x), a, a_ref))
-    rate = log_ratio_rate(problem, t, *states).view(batch.steps, -1)
+    rate = log_ratio_rate(problem, t, *states).view(collection.steps, -1)
     return nodes.integrate(torch.cat([rate, rate[-1:]]))
 
 
-def lay_gains(run: Run) -> None:
-    """Beside every node: the sample's return less what others of its condition lead one to expect."""
-    batches = run.replay.batches
-    y = torch.cat([b.fields["return"][0].to(run.accelerator.device) for b in batches])
-    group = group_of(run.conditions(torch.cat([b.trajectory.ids.to(y.device) for b in batches])), len(y)).to(y.device)
-    every = torch.tensor(sorted({g for part in gather_object([group.tolist()]) for g in part}), device=y.device)
-    gain = y - others_mean(y, torch.searchsorted(every, group), run.accelerator.reduce, len(every))
-    for batch, part in zip(batches, gain.split([b.samples for b in batches]), strict=True):
-        batch.lay("gain", part.expand(batch.steps + 1, -1))
+def attach_advantages(run: Context) -> None:
+    """To every node: the sample's return less what others of its condition lead one to expect."""
+    newest = run.collections[-1].trajectory.x.device
+    y = torch.cat([one.fields["return"][0].to(newest) for one in run.collections])
+    ids = torch.cat([one.trajectory.ids.to(newest) for one in run.collections])
+    group = group_of(run.conditions(ids), len(y)).to(newest)
+    every = torch.tensor(sorted({g for part in run.gather(group.tolist()) for g in part}), device=newest)
+    advantage = y - others_mean(y, torch.searchsorted(every, group), run.total, len(every))
+    for one, part in zip(run.collections, advantage.split([one.samples for one in run.collections]), strict=True):
+        one.attach("advantage", part.expand(one.steps + 1, -1))
 
 
 def group_of(cond: Any, n: int) -> Tensor:

@@ -15,25 +15,22 @@ The problem's reward must be a module (x, cond) -> (B,); `fit` then has an optim
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from ctrl.algorithms.base import Around
+from ctrl.algorithms.base import Context, Update, Wrapper
+from ctrl.fields import Count, NotNegative
+from ctrl.nodes import Nodes
 from ctrl.problem import Problem
-from ctrl.replay import Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
-if TYPE_CHECKING:
-    from ctrl.fit import Run
-
 
 @dataclass(frozen=True)
-class InverseRL(Around):
+class InverseRL(Wrapper):
     """`algorithm`, learning from the reward as it is now.
 
     Attributes:
@@ -43,19 +40,19 @@ class InverseRL(Around):
     """
 
     data: Callable[[Tensor], Tensor]
-    squares: float = 0.1
-    updates: int = 1
+    squares: NotNegative = 0.1
+    updates: Count = 1
 
-    def learn(self, run: Run) -> None:
-        batch = run.replay.batches[-1]
-        ends = run.nodes(batch, range(batch.steps, batch.steps + 1))
+    def learn(self, run: Context) -> Iterator[Update]:
+        collection = run.collections[-1]
+        ends = run.nodes(collection, range(collection.steps, collection.steps + 1))
         for i in range(self.updates):
-            run.update("reward", partial(self.loss, run, i), ends, run.settings.samples, calls=0)
-        run.counts["reward_calls"] += self.updates * 2 * run.settings.samples  # of samples and of data
-        batch.trajectory = run.rewarded(batch.trajectory)
-        self.algorithm.learn(run)
+            yield Update("reward", partial(self.loss, run, i), ends, run.samples, calls=0)
+        run.count("reward_calls", self.updates * 2 * run.samples)  # of samples and of data
+        collection.trajectory = run.with_present_reward(collection.trajectory)
+        yield from self.algorithm.learn(run)
 
-    def loss(self, run: Run, i: int, ends: Nodes) -> Tensor:
+    def loss(self, run: Context, i: int, ends: Nodes) -> Tensor:
         """(n,), of final states and as many data, others in each update."""
         samples = run.problem.reward(ends.x, ends.cond)
         data = run.problem.reward(self.data(self.updates * ends.ids + i).to(ends.x), ends.cond)

@@ -17,21 +17,19 @@ of each epoch's KL.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from ctrl.algorithms.base import Around, check_noise
+from ctrl.algorithms.base import Context, Update, Wrapper, check_noise
+from ctrl.fields import Count, Positive
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
-if TYPE_CHECKING:
-    from ctrl.fit import Run
-
 
 @dataclass(frozen=True)
-class KLBudget(Around):
+class KLBudget(Wrapper):
     """`algorithm`, learning with a beta such that the path KL comes to `nats`; the metric "beta" says which. If all
     rewards of the first epoch are the same, it starts from the problem's own.
 
@@ -41,20 +39,17 @@ class KLBudget(Around):
         ahead: epochs that a policy is taken to need to follow beta.
     """
 
-    nats: float
-    gain: float = 0.5
-    limit: float = 1.5
-    ahead: int = 4
+    nats: Annotated[float, "in (0, inf]"]
+    gain: Positive = 0.5
+    limit: Annotated[float, "> 1"] = 1.5
+    ahead: Count = 4
 
-    def learn(self, run: Run) -> None:
+    def learn(self, run: Context) -> Iterator[Update]:
         given = run.problem
         assert isinstance(given, ScoreAsAction)
-        run.problem = replace(given, beta=self.beta(run.history, run.summary()["reward_std"]) or given.beta)
-        run.log("beta", run.problem.beta)
-        try:
-            self.algorithm.learn(run)
-        finally:
-            run.problem = given
+        beta = self.beta(run.history, run.logged("reward_std")) or given.beta
+        run.log("beta", beta)
+        yield from self.algorithm.learn(run.with_problem(replace(given, beta=beta)))
 
     def beta(self, history: Sequence[dict[str, Any]], spread: float) -> float:
         """beta after the epochs of `history`; without any, from the standard deviation of rewards."""

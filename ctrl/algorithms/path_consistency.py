@@ -21,26 +21,24 @@ Two passes make this exact in any micro-batches: residuals of whole trajectories
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import critic_loss
-from ctrl.algorithms.base import Algorithm, check_noise, check_price
+from ctrl.algorithms.base import Algorithm, Context, Update, check_noise, check_price
 from ctrl.evaluation import determined, increments, policy_slope, soft_cost, targets
+from ctrl.fields import Count
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
 from ctrl.linop import dot
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem
 from ctrl.regularize import kl_rate
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -52,42 +50,42 @@ class PathConsistency(Algorithm):
         keep: epochs of trajectories kept.
     """
 
-    updates: int = 80
-    paths: int = 64
-    keep: int = 40
+    updates: Count = 80
+    paths: Count = 64
+    keep: Count = 40
 
-    def learn(self, run: Run) -> None:
-        run.lay_actions()
-        paths = min(self.paths, run.settings.samples)
-        for batch in run.deal_paths(self.updates, paths):
-            if batch.samples:
-                self.lay_residuals(run, batch, paths)
+    def learn(self, run: Context) -> Iterator[Update]:
+        run.record_actions()
+        paths = min(self.paths, run.samples)
+        for collection in run.path_minibatches(self.updates, paths):
+            if collection.samples:
+                self.attach_residuals(run, collection, paths)
             else:  # what the other processes call
-                run.counts["network_calls"] += 2 * paths * (batch.steps + 1)
-            nodes, size = run.nodes(batch, range(batch.steps + 1)), paths * (batch.steps + 1)
-            run.update("policy", lambda n: policy_loss(run.problem, run.policy, n), nodes, size)
-            run.update("critic", lambda n: critic_loss(run.critic, n), nodes, size)
+                run.count("network_calls", 2 * paths * (collection.steps + 1))
+            nodes, size = run.nodes(collection, range(collection.steps + 1)), paths * (collection.steps + 1)
+            yield Update("policy", lambda n: policy_loss(run.problem, run.policy, n), nodes, size)
+            yield Update("critic", lambda n: critic_loss(run.critic, n), nodes, size)
 
-    def lay_residuals(self, run: Run, batch: Batch, paths: int) -> None:
+    def attach_residuals(self, run: Context, collection: Collection, paths: int) -> None:
         """Beside each node: V's target, and what the policy's h and p there are multiplied by."""
-        problem, path = run.problem, batch.trajectory
-        a, a_ref = run.at_nodes(run.policy, batch, samples=paths), batch.fields["a_ref"]
+        problem, path = run.problem, collection.trajectory
+        a, a_ref = run.at_nodes(run.policy, collection, samples=paths), collection.fields["a_ref"]
         t, _, ids = path.flat()
         p = policy_slope(problem, t, a.flatten(0, 1), a_ref.flatten(0, 1)).reshape(path.x.shape)
-        steps = increments(problem, path, a, a_ref, batch.fields["a_old"], p, run.conditions(ids))
+        steps = increments(problem, path, a, a_ref, collection.fields["a_old"], p, run.conditions(ids))
         target = targets(problem, path, None, steps, trace=0)
         decay = torch.exp(-problem.discount * path.t).to(target)[:, None]
-        residual = decay * (target - run.at_nodes(run.critic.value_beside, batch, "a_ref", samples=paths))
+        residual = decay * (target - run.at_nodes(run.critic.value_given_reference, collection, "a_ref", samples=paths))
         w = node_weights(path.w).to(residual)[:, None]
         so_far = (steps.shape[0] + 1) * (w * residual).cumsum(0) / w.cumsum(0)  # times N+1: a mean over nodes is a sum
         left, right = path.w.to(residual)[..., None]
         zero = torch.zeros_like(so_far[:1])
-        batch.lay("target", target)
-        batch.lay("of_h", torch.cat([left * so_far[:-1], zero]) + torch.cat([zero, right * so_far[:-1]]))
+        collection.attach("target", target)
+        collection.attach("of_h", torch.cat([left * so_far[:-1], zero]) + torch.cat([zero, right * so_far[:-1]]))
         spread = problem.clock(path.t).diff().sqrt().to(residual)[:, None]
         assert path.xi is not None
         noise = problem.root.apply(path.xi.flatten(0, 1)).view_as(path.x[1:])
-        batch.lay("of_p", (spread * so_far[:-1]).reshape(so_far[:-1].shape + (1,) * len(problem.shape)) * noise)
+        collection.attach("of_p", (spread * so_far[:-1]).reshape(so_far[:-1].shape + (1,) * len(problem.shape)) * noise)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if critic is None:

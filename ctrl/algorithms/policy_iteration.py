@@ -10,17 +10,15 @@ control variate the targets lose their noise as the fit gets better; `rounds` of
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ctrl.algorithms.actor_critic import ActorCritic, improve
-from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.base import Algorithm, Context, Update
+from ctrl.fields import Amount, Count
 from ctrl.problem import Problem
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -32,20 +30,20 @@ class PolicyIteration(Algorithm):
         nodes: how many nodes each step sees, over all processes.
     """
 
-    rounds: int = 2
-    critic_updates: int = 50
-    actor_updates: int = 100
-    nodes: int = 1024
+    rounds: Count = 2
+    critic_updates: Amount = 50
+    actor_updates: Amount = 100
+    nodes: Count = 1024
 
     @property
     def evaluation(self) -> ActorCritic:
         """A round: an actor-critic whose actor stays put."""
         return ActorCritic(self.critic_updates, 0, self.nodes, keep=1, trace=0.0, critic_control=True)
 
-    def learn(self, run: Run) -> None:
+    def learn(self, run: Context) -> Iterator[Update]:
         for _ in range(self.rounds):
-            self.evaluation.learn(run)
-        improve(run, self.actor_updates, self.nodes)
+            yield from self.evaluation.learn(run)
+        yield from improve(run, self.actor_updates, self.nodes)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         self.evaluation.check(problem, solver, critic)

@@ -22,24 +22,23 @@ so that nothing is to be gained by going further, at any time.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import ActorCritic
-from ctrl.algorithms.base import Algorithm, check_noise
+from ctrl.algorithms.base import Algorithm, Context, Update, check_noise
+from ctrl.fields import Count, Positive
 from ctrl.gaussian import Mean
+from ctrl.nodes import Nodes
 from ctrl.problem import Problem
 from ctrl.qvalue import advantage_rate
 from ctrl.regularize import adapted, drawn_back, kl_rate
-from ctrl.replay import Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -51,27 +50,27 @@ class PPO(Algorithm, ABC):
         evaluation: how the critic is fitted: by an actor-critic whose actor stays put.
     """
 
-    nats: float = 0.5
-    updates: int = 20
-    nodes: int = 1024
+    nats: Annotated[float, "in (0, inf]"] = 0.5
+    updates: Count = 20
+    nodes: Count = 1024
     evaluation: ActorCritic = field(
         default_factory=lambda: ActorCritic(critic_updates=20, actor_updates=0, nodes=1024, keep=1)
     )
 
     @abstractmethod
-    def loss(self, run: Run, nodes: Nodes) -> Tensor:
+    def loss(self, run: Context, nodes: Nodes) -> Tensor:
         """(n,), minus the surrogate within its trust region."""
 
-    def learn(self, run: Run) -> None:
-        self.evaluation.learn(run)
-        run.lay_old_actions(self.nodes)
+    def learn(self, run: Context) -> Iterator[Update]:
+        yield from self.evaluation.learn(run)
+        run.record_actions_again(self.nodes)
 
-        def label(n: Nodes) -> dict[str, Tensor]:
+        def annotate(n: Nodes) -> dict[str, Tensor]:
             return {"grad_v": run.critic.grad(n.t, n.x, n.cond)}
 
-        for nodes in run.deal(self.updates, self.nodes, label=label):
-            run.update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
-        run.log_kl("step_kl", run.at_probe(run.policy), run.probe.fields["a_old"])
+        for nodes in run.minibatches(self.updates, self.nodes, annotate=annotate):
+            yield Update("policy", lambda n: self.loss(run, n), nodes, self.nodes)
+        run.log_kl_from("step_kl", "a_old")
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not self.nats > 0:
@@ -87,9 +86,9 @@ class PPOPenalty(PPO):
         penalty: lambda in the first epoch, in units of reward per nat.
     """
 
-    penalty: float = 1.0
+    penalty: Positive = 1.0
 
-    def loss(self, run: Run, nodes: Nodes) -> Tensor:
+    def loss(self, run: Context, nodes: Nodes) -> Tensor:
         weight = adapted(self.penalty, [epoch["step_kl"] for epoch in run.history if "step_kl" in epoch], self.nats)
         return penalised_loss(run.problem, run.policy, weight, nodes)
 
@@ -98,7 +97,7 @@ class PPOPenalty(PPO):
 class PPOClip(PPO):
     """The pointwise trust region."""
 
-    def loss(self, run: Run, nodes: Nodes) -> Tensor:
+    def loss(self, run: Context, nodes: Nodes) -> Tensor:
         return clipped_loss(run.problem, run.policy, self.nats / run.problem.horizon, nodes)
 
 

@@ -22,24 +22,23 @@ greedy for V, and e_k then vanishes path by path at the optimum: path consistenc
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ctrl.algorithms.actor_critic import critic_loss
-from ctrl.algorithms.base import Algorithm
+from ctrl.algorithms.base import Algorithm, Context, Update
 from ctrl.evaluation import determined, martingale, policy_slope, targets
+from ctrl.fields import Amount, Count, NotNegative
 from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
 from ctrl.linop import LinOp
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 class GaussianNetwork(nn.Module):
@@ -81,34 +80,34 @@ class QLearning(Algorithm):
         critic_control: p = grad V of the critic, one more critic gradient a node; or else the policy's own slope.
     """
 
-    critic_updates: int = 40
-    q_updates: int = 40
-    nodes: int = 1024
-    keep: int = 2
-    trace: float = 3.0
+    critic_updates: Amount = 40
+    q_updates: Amount = 40
+    nodes: Count = 1024
+    keep: Count = 2
+    trace: NotNegative = 3.0
     critic_control: bool = True
 
-    def learn(self, run: Run) -> None:
-        run.lay_actions()
+    def learn(self, run: Context) -> Iterator[Update]:
+        run.record_actions()
         policy = _network(run.policy)
-        spent = [self.spent(run, policy, batch) for batch in run.replay.batches]
-        self.lay_targets(run, spent)
-        for nodes in run.deal(self.critic_updates, self.nodes):
-            run.update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
-        self.lay_targets(run, spent)
-        for nodes in run.deal(self.q_updates, self.nodes, last=run.settings.steps - 1):
-            run.update("policy", lambda n: q_loss(run.problem, policy, n), nodes, self.nodes)
+        spent = [self.spent(run, policy, collection) for collection in run.collections]
+        self.attach_targets(run, spent)
+        for nodes in run.minibatches(self.critic_updates, self.nodes):
+            yield Update("critic", lambda n: critic_loss(run.critic, n), nodes, self.nodes)
+        self.attach_targets(run, spent)
+        for nodes in run.minibatches(self.q_updates, self.nodes, last=run.steps - 1):
+            yield Update("policy", lambda n: q_loss(run.problem, policy, n), nodes, self.nodes)
 
     @torch.no_grad()
-    def spent(self, run: Run, policy: GaussianNetwork, batch: Batch) -> Tensor:
+    def spent(self, run: Context, policy: GaussianNetwork, collection: Collection) -> Tensor:
         """The integral of e^{-rho t} [(c + q) dt + <p, S dW>] over each step, (N, B), its action held. Beside the left
         nodes go the action, q(t_k, X_k, a_k), and dt times the number of steps."""
-        problem, here = run.problem, run.here(batch)
+        problem, here = run.problem, run.here(collection)
         path, a_ref = here.trajectory, here.fields["a_ref"]
         assert path.a is not None
         a, mean, (t, _, ids) = path.a, run.at_nodes(policy, here), path.flat()
         if self.critic_control:
-            p = run.at_nodes(run.critic.grad, here, size=run.settings.micro_batch)
+            p = run.at_nodes(run.critic.grad, here, size=run.micro_batch)
         else:
             p = policy_slope(problem, t, mean.flatten(0, 1), a_ref.flatten(0, 1)).view_as(path.x)
 
@@ -121,20 +120,20 @@ class QLearning(Algorithm):
 
         (c0, q0), (c1, q1) = cost_and_q(slice(0, -1)), cost_and_q(slice(1, None))
         decay, (left, right) = torch.exp(-problem.discount * path.t).to(q0)[:, None], path.w.to(q0)[..., None]
-        batch.lay("a", a)
-        batch.lay("q", q0)
-        batch.lay("dt", (batch.steps * path.t.diff()).to(q0)[:, None].expand_as(q0))
+        collection.attach("a_sampled", a)
+        collection.attach("q", q0)
+        collection.attach("dt", (collection.steps * path.t.diff()).to(q0)[:, None].expand_as(q0))
         rate = left * decay[:-1] * (c0 + q0) + right * decay[1:] * (c1 + q1)
         return rate + decay[:-1] * martingale(problem, path, p)
 
-    def lay_targets(self, run: Run, spent: list[Tensor]) -> None:
+    def attach_targets(self, run: Context, spent: list[Tensor]) -> None:
         """What V and q are to be, of all that is in store."""
-        for batch, steps in zip(run.replay.batches, spent, strict=True):
-            here = run.here(batch)
-            path, value = here.trajectory, run.at_nodes(run.critic.value_beside, here, "a_ref")
-            batch.lay("target", targets(run.problem, path, value, steps, self.trace))
+        for collection, steps in zip(run.collections, spent, strict=True):
+            here = run.here(collection)
+            path, value = here.trajectory, run.at_nodes(run.critic.value_given_reference, here, "a_ref")
+            collection.attach("target", targets(run.problem, path, value, steps, self.trace))
             e = (targets(run.problem, path, value, steps, math.inf) - value)[:-1]
-            batch.lay("y", here.fields["q"][:-1] + e / path.t.diff().to(e)[:, None])
+            collection.attach("q_target", here.fields["q"][:-1] + e / path.t.diff().to(e)[:, None])
 
     def behaviour(self, policy: Mean) -> GaussianPolicy:
         return GaussianPolicy(policy, _network(policy).root)
@@ -166,5 +165,5 @@ def _network(policy: Any) -> GaussianNetwork:
 def q_loss(problem: Problem, policy: GaussianNetwork, nodes: Nodes) -> Tensor:
     """dt e^{-rho t} |y - gamma log pi(a)|² / (2 gamma), (n,)."""
     mean = policy(nodes.t, nodes.x, nodes.cond)
-    q = problem.gamma * Gaussian(mean, policy.root(nodes.t)).log_prob(nodes["a"])
-    return nodes["dt"] * torch.exp(-problem.discount * nodes.t) * (nodes["y"] - q).square() / (2 * problem.gamma)
+    q = problem.gamma * Gaussian(mean, policy.root(nodes.t)).log_prob(nodes["a_sampled"])
+    return nodes["dt"] * torch.exp(-problem.discount * nodes.t) * (nodes["q_target"] - q).square() / (2 * problem.gamma)

@@ -12,23 +12,22 @@ ours KL to the reference, and its value learns by TD(0), ours as the actor-criti
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import ActorCritic
-from ctrl.algorithms.base import Algorithm, check_noise
+from ctrl.algorithms.base import Algorithm, Context, Update, check_noise
 from ctrl.algorithms.ddpo import Chain, gaussian, step_cost
+from ctrl.fields import Count
 from ctrl.linop import dot
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem
-from ctrl.replay import Batch, Nodes
 from ctrl.solvers import Solver
 from ctrl.value import Critic
-
-if TYPE_CHECKING:
-    from ctrl.fit import Run
 
 
 @dataclass(frozen=True)
@@ -39,31 +38,31 @@ class _ByValues(Algorithm):
         evaluation: how the critic is fitted: by an actor-critic whose actor stays put.
     """
 
-    updates: int = 1
-    nodes: int = 1024
+    updates: Count = 1
+    nodes: Count = 1024
     evaluation: ActorCritic = field(default_factory=lambda: ActorCritic(actor_updates=0, keep=1))
     more_calls: ClassVar[int] = 0
     """Networks that `gain` asks at a node."""
 
-    def learn(self, run: Run) -> None:
-        self.evaluation.learn(run)
-        (batch,) = run.replay.batches
-        chain = Chain(run.problem, gaussian(run.settings.solver, type(self).__name__), batch.trajectory.t)
-        chain.lay_before(batch)
-        self.lay(run, chain, batch)
-        for nodes in run.deal(self.updates, self.nodes, last=batch.steps - 1):
+    def learn(self, run: Context) -> Iterator[Update]:
+        yield from self.evaluation.learn(run)
+        (collection,) = run.collections
+        chain = Chain(run.problem, gaussian(run.solver, type(self).__name__), collection.trajectory.t)
+        chain.attach_before(collection)
+        self.attach(run, chain, collection)
+        for nodes in run.minibatches(self.updates, self.nodes, last=collection.steps - 1):
             calls = chain.calls + self.more_calls
-            run.update("policy", lambda n: self.loss(run, chain, n), nodes, self.nodes, calls)
+            yield Update("policy", lambda n: self.loss(run, chain, n), nodes, self.nodes, calls)
 
-    def lay(self, run: Run, chain: Chain, batch: Batch) -> None:
+    def attach(self, run: Context, chain: Chain, collection: Collection) -> None:
         """What `gain` needs beside the left nodes."""
         raise NotImplementedError
 
-    def gain(self, run: Run, chain: Chain, n: Nodes, mean: Tensor) -> Tensor:
+    def gain(self, run: Context, chain: Chain, n: Nodes, mean: Tensor) -> Tensor:
         """(n,), of a step whose mean is m(a)."""
         raise NotImplementedError
 
-    def loss(self, run: Run, chain: Chain, n: Nodes) -> Tensor:
+    def loss(self, run: Context, chain: Chain, n: Nodes) -> Tensor:
         """(n,), N times each step's: the mean over nodes estimates the sum over steps."""
         a = run.policy(n.t, n.x, n.cond)
         mean = chain.law(n, a, chain.act_before(run.policy, n)).mean
@@ -85,21 +84,21 @@ class TDForm(_ByValues):
     """The score of each step, times what the value and the cost made of it."""
 
     @torch.no_grad()
-    def lay(self, run: Run, chain: Chain, batch: Batch) -> None:
-        path, steps = batch.trajectory, batch.steps
+    def attach(self, run: Context, chain: Chain, collection: Collection) -> None:
+        path, steps = collection.trajectory, collection.steps
         assert path.reward is not None and path.xi is not None
-        value = run.at_nodes(run.critic.value_beside, batch, "a_ref")
+        value = run.at_nodes(run.critic.value_given_reference, collection, "a_ref")
         value = torch.cat([value[:-1], path.reward[None]])
-        left = run.nodes(batch, range(steps))
+        left = run.nodes(collection, range(steps))
         law = chain.law(left, left["a_old"], left["a_old_before"])
         cost = step_cost(chain, left, left["a_old"]).view(steps, -1)
         decay = torch.exp(-run.problem.discount * path.t).to(value)[:, None]
         delta = (decay * value).diff(dim=0) - cost
         score = law.root.T.solve(path.xi.flatten(0, 1)).view(path.xi.shape)
-        batch.lay("p", score * delta.view(*delta.shape, *[1] * (score.ndim - 2)))
+        collection.attach("score_delta", score * delta.view(*delta.shape, *[1] * (score.ndim - 2)))
 
-    def gain(self, run: Run, chain: Chain, n: Nodes, mean: Tensor) -> Tensor:
-        return dot(n["p"], mean)
+    def gain(self, run: Context, chain: Chain, n: Nodes, mean: Tensor) -> Tensor:
+        return dot(n["score_delta"], mean)
 
 
 @dataclass(frozen=True)
@@ -108,11 +107,11 @@ class NextValue(_ByValues):
 
     more_calls: ClassVar[int] = 1
 
-    def lay(self, run: Run, chain: Chain, batch: Batch) -> None:
-        assert batch.trajectory.xi is not None
-        batch.lay("xi", batch.trajectory.xi)
+    def attach(self, run: Context, chain: Chain, collection: Collection) -> None:
+        assert collection.trajectory.xi is not None
+        collection.attach("xi", collection.trajectory.xi)
 
-    def gain(self, run: Run, chain: Chain, n: Nodes, mean: Tensor) -> Tensor:
+    def gain(self, run: Context, chain: Chain, n: Nodes, mean: Tensor) -> Tensor:
         """Its slope is taken where the step ends, and held."""
         noise = chain.law(n, n["a_old"], n["a_old_before"]).root.apply(n["xi"])
         x, t = (mean + noise).detach(), chain.times.to(n.t)[n.k + 1]

@@ -5,31 +5,31 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ctrl.gaussian import GaussianPolicy
 from ctrl.linop import dot
+from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.regularize import kl_rate
-from ctrl.replay import Batch, Nodes
 from ctrl.rollout import NotFinite
-
-if TYPE_CHECKING:
-    from ctrl.fit import Loss, Run
+from ctrl.training.epoch import Epoch
+from ctrl.training.interrupts import Stops
 
 UNIT = {"no": 2.0**-24, "tf32": 2.0**-11, "fp16": 2.0**-11, "bf16": 2.0**-9}
 """Rounding of one number, by accelerate's name of the precision; tf32 is what CUDA's convolutions take for float32."""
 
 
-def same_policy(run: Run, batch: Batch) -> None:
-    """Raise unless the policy, called as an update calls it, does what it did in the rollout: else likelihood ratios
-    and on-policy gradients are those of another policy. Both are compared at each time step, for samples of a chunk of
-    the rollout, the whole chunk at a time, so that kernels see the shapes they saw then, and no activations are kept:
+def check_on_policy(run: Epoch, collection: Collection) -> str | None:
+    """What is wrong unless the policy, called as an update calls it, does what it did in the rollout: else likelihood
+    ratios and on-policy gradients are those of another policy. Both are compared at each time step, for samples of a
+    chunk of the rollout, the whole chunk at a time, so that kernels see the shapes they saw then, and no activations
+    are kept:
 
         E of the integral of ½ g² |a - a_rollout|² dt = E of the integral of ½ |d eps|² d lambda,
 
@@ -37,38 +37,39 @@ def same_policy(run: Run, batch: Batch) -> None:
     (a call has nodes of all times), a condition that changes from call to call, or an adapter that is on in one of them
     alone, show up here.
     """
-    path = batch.trajectory
-    if path.a is None or isinstance(run.algorithm.behaviour(run.policy), GaussianPolicy):
-        return
-    chunk = min(batch.samples, run.settings.batch)
-    place = torch.arange(-(-batch.steps // chunk) * chunk)
-    k, b = place % batch.steps, place % chunk
-    nodes = run.gather(batch, k, b)
+    path = collection.trajectory
+    if path.a is None or run.explores:
+        return None
+    chunk = min(collection.samples, run.settings.batch)
+    place = torch.arange(-(-collection.steps // chunk) * chunk)
+    k, b = place % collection.steps, place % chunk
+    nodes = run.gather_nodes(collection, k, b)
     apart = _apart(run, nodes, path.a[k.to(path.x.device), b.to(path.x.device)], chunk)
     apart = apart / k.bincount()[k].to(apart)  # of the nodes at a time step, the mean
     total, worst = float(apart.sum()), int(apart.argmax())
-    allowed = run.settings.mismatch + rounding(run.problem, run.precision)
-    if run.any(not total <= allowed):
-        raise ValueError(
-            f"the policy that is trained is not the one that acted: {total:.3g} nats apart on a path, where "
-            f"{allowed:.3g} are allowed (settings.mismatch), most at t = {float(nodes.t[worst]):.4g} of sample id "
-            f"{int(nodes.ids[worst])}. Look for dropout, batch statistics, conditions or adapters that change"
-        )
+    allowed = run.settings.mismatch + rounding(run.problem, run.engine.precision)
+    if total <= allowed:
+        return None
+    return (
+        f"the policy that is trained is not the one that acted: {total:.3g} nats apart on a path, where "
+        f"{allowed:.3g} are allowed (settings.mismatch), most at t = {float(nodes.t[worst]):.4g} of sample id "
+        f"{int(nodes.ids[worst])}. Look for dropout, batch statistics, conditions or adapters that change"
+    )
 
 
-def _apart(run: Run, nodes: Nodes, acted: Tensor, size: int) -> Tensor:
+def _apart(run: Epoch, nodes: Nodes, acted: Tensor, size: int) -> Tensor:
     """Each node's share of its path's KL between the actions of the rollout and those of an update, (n,)."""
     parts = []
     for i in range(0, len(nodes), size):
         n = nodes.part(slice(i, i + size))
-        with run.accelerator.autocast(), torch.autograd.graph.saved_tensors_hooks(_forget, _forget):
+        with run.autocast(), torch.autograd.graph.saved_tensors_hooks(_forget, _forget):
             a = run.policy(n.t, n.x, n.cond)
         miss = a.detach().to(acted) - acted[i : i + size]
         if run.problem.noiseless:
             rate = dot(miss, run.problem.penalty(n.t).apply(miss)) / 2
         else:
             rate = kl_rate(run.problem, n.t, miss, torch.zeros_like(miss))
-        parts.append(n.w.to(rate) / (run.settings.steps + 1) * rate)
+        parts.append(n.w.to(rate) / (run.steps + 1) * rate)
     return torch.cat(parts)
 
 
@@ -88,49 +89,8 @@ def rounding(problem: Problem, precision: str) -> float:
     return problem.error_gain * one
 
 
-def culprit(run: Run, name: str, loss: Loss, nodes: Nodes) -> NotFinite:
-    """Where an update of the model `name` left the numbers: the first node whose loss did, or else the parameter whose
-    gradient did; with the nodes, to be looked at."""
-    size, losses = run.settings.micro_batch, torch.zeros(0)
-    with torch.no_grad(), run.accelerator.autocast():
-        for i in range(0, len(nodes), size):
-            losses = torch.cat([losses.to(nodes.x), loss(nodes.part(slice(i, i + size))).to(nodes.x)])
-    bad = (~losses.isfinite()).nonzero()
-    parameters = run.learners[name].model.named_parameters()
-    gradients = [n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())]
-    if len(bad):
-        i = int(bad[0])
-        place = f"step {int(nodes.k[i])} (t = {float(nodes.t[i]):.4g}) of sample id {int(nodes.ids[i])}"
-        where = f"the loss is {float(losses[i])} at {place}"
-    else:
-        where = (
-            f"the gradient of {gradients[0]} is not finite"
-            if gradients
-            else "a sum is not finite, or another process's"
-        )
-    kept = {"t": nodes.t, "x": nodes.x, "ids": nodes.ids, "losses": losses, **nodes.fields}
-    return NotFinite(f"{name}: {where}; take a smaller learning rate, or look at what the {name} returns there", **kept)
-
-
-def strike(run: Run, name: str, found: NotFinite | None) -> None:
-    """Something left the numbers, here or on another process. It is kept for inspection and left out, with a warning;
-    `patience` times in a row, and the run ends."""
-    run.strikes[name] = run.strikes.get(name, 0) + 1
-    found = found or NotFinite(f"{name}: on another process")
-    epoch, times = run.epoch + 1, run.strikes[name]
-    kept = keep(run, name, found)
-    said = f"epoch {epoch}: {found}{kept} ({times} in a row)"
-    if times >= run.settings.patience:
-        raise NotFinite(said) from found
-    warnings.warn(f"{said}; this {'epoch' if name == 'rollout' else 'update'} is left out", stacklevel=3)
-
-
-def keep(run: Run, name: str, found: NotFinite) -> str:
-    """Write what was there to OUT/not-finite, and say where."""
-    if run.settings.out is None or not found.tensors:
-        return ""
-    place = f"epoch-{run.epoch + 1:06d}-{name}-{run.strikes[name]}-{run.replay.rank}.safetensors"
-    file = run.settings.out / "not-finite" / place
+def keep(file: Path, found: NotFinite) -> str:
+    """Write what was there to a file, and say where."""
     tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in found.tensors.items()}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -138,6 +98,15 @@ def keep(run: Run, name: str, found: NotFinite) -> str:
     except (OSError, SafetensorError) as wrong:
         return f", not kept: {wrong}"
     return f", kept in {file}"
+
+
+class Watched(Protocol):
+    """Of a run, what a guard looks at."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]: ...
+    @property
+    def stops(self) -> Stops: ...
 
 
 @dataclass(frozen=True)
@@ -156,7 +125,7 @@ class Guards:
     diversity: float = 0.5
     stop: bool = False
 
-    def __call__(self, run: Run, metrics: dict[str, Any]) -> None:
+    def __call__(self, run: Watched, metrics: dict[str, Any]) -> None:
         first = next((epoch for epoch in run.history if "spread" in epoch), metrics)
         for fault in self.faults(metrics, first):
             warnings.warn(f"epoch {metrics['epoch']}: {fault}", stacklevel=2)

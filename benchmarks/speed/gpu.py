@@ -35,11 +35,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it stands beside the package, not in it
 
 from benchmarks.memory import mebibytes
 from benchmarks.report import Row, number
-from benchmarks.timing import Pass, Passes, seconds
+from benchmarks.speed.subjects import fine_tuning
+from benchmarks.speed.timing import Pass, Passes, seconds
 from ctrl.fit import Run
 from scale import models, sd15, tuning
 from scale.diffusion import Score
@@ -122,8 +123,6 @@ def apart(model: Path, options: dict[str, Any], gibibytes: float | None = None) 
 
 def prepared(model: Path, options: dict[str, Any], folder: str) -> Run:
     """A run whose store is full and which has warmed up."""
-    from benchmarks.throughput import fine_tuning  # which imports this
-
     run = fine_tuning("gpu", sd15, settings(model, Path(folder), **options), 1.0).run
     for _ in range(run.algorithm.keep):
         run.step_epoch()
@@ -145,7 +144,7 @@ def measured(model: Path, options: dict[str, Any], folder: str) -> Row:
     cuda, times = torch.cuda.is_available(), list[float]()
     if cuda:
         torch.cuda.empty_cache()
-    before = run.counts["network_calls"]
+    before = run.metrics.counts["network_calls"]
     most = mebibytes(lambda: times.extend(seconds(run.step_epoch) for _ in range(EPOCHS)), 0.0)
     images = run.settings.samples
     spent = median(times)
@@ -153,7 +152,7 @@ def measured(model: Path, options: dict[str, Any], folder: str) -> Row:
     return {
         "images": images, "share": images / sd15.Settings.samples, "seconds": spent, "seconds_min": min(times),
         "seconds_max": max(times), "images_per_second": images / spent,
-        "network_calls": (run.counts["network_calls"] - before) / (EPOCHS * images),
+        "network_calls": (run.metrics.counts["network_calls"] - before) / (EPOCHS * images),
         "gibibytes": None if most is None else most / 1024,
         "fits_in": torch.cuda.max_memory_reserved() / 2**30 + CONTEXT if cuda else None,
         "teraflops": done / spent / 1e12, "utilisation": None if peak is None else done / spent / peak,

@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from tqdm import tqdm
 
-from benchmarks.peer import Work, started
-from benchmarks.race import ADJOINT
 from benchmarks.report import Row, number
-from benchmarks.timing import ratio, seconds
+from benchmarks.speed.peer import Work, started
+from benchmarks.speed.race import ADJOINT
+from benchmarks.speed.timing import ratio, seconds
 from ctrl import NetworkCritic
 from ctrl.algorithms import ActorCritic
 from ctrl.fit import Run, Settings

@@ -25,9 +25,9 @@ from typing import Any
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from tqdm import tqdm
 
-from benchmarks.peer import PINNED, PROMPTS, Work, started
 from benchmarks.report import Row, digest, kept, leave, number, over_seeds, with_commits
-from benchmarks.timing import ratio
+from benchmarks.speed.peer import PINNED, PROMPTS, Work, started
+from benchmarks.speed.timing import ratio
 from scale import models, prompts, sd15, shapes
 from scale.diffusion import Prompts, Score, problem
 from scale.evaluate import draw, nats
@@ -87,7 +87,7 @@ class Racer:
     """Who takes part."""
 
     side: str
-    """Of `benchmarks.peer.SIDES`."""
+    """Of `benchmarks.speed.peer.SIDES`."""
     updates: tuple[int, ...]
     """An epoch, tried in the search, each with all RATES."""
     taken: tuple[float, int]

@@ -1,6 +1,6 @@
 """One side of a race on the embedded Stable Diffusion: ours, or a trainer of TRL's in an environment of its own.
 
-    python benchmarks/peer.py ours|ddpo|alignprop '{"steps": 20, ...}'         the fields of `Work`
+    python benchmarks/speed/peer.py ours|ddpo|alignprop '{"steps": 20, ...}'         the fields of `Work`
 
 It trains an epoch for each line `epoch` on its standard input, and answers with a line of JSON: seconds, images, the
 mean reward, and the most memory held, in MiB, beyond the interpreter with its packages. `save FOLDER` keeps the
@@ -31,10 +31,10 @@ from typing import IO, Any, Protocol, cast
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it stands beside the package, not in it
 
 from benchmarks.memory import held, mebibytes
-from benchmarks.timing import seconds
+from benchmarks.speed.timing import seconds
 from scale import prompts, shapes
 
 PINNED = ("trl==0.23.1", "diffusers==0.35.2", "transformers==4.57.1", "peft")
@@ -193,7 +193,8 @@ class Ours:
     """`ctrl.fit`'s epochs, as `scale/sd15.py` makes them."""
 
     def __init__(self, work: Work) -> None:
-        from benchmarks.throughput import embedded, sd15
+        from benchmarks.speed.subjects import embedded
+        from scale import sd15
 
         nodes = work.samples * work.steps // work.updates
         same = {
@@ -210,7 +211,7 @@ class Ours:
         return float(self.run.step_epoch()["reward"])
 
     def calls(self) -> float:
-        return self.run.counts["network_calls"] / self.run.counts["trajectories"]
+        return self.run.metrics.counts["network_calls"] / self.run.metrics.counts["trajectories"]
 
     def save(self, folder: str) -> None:
         self.unet.save_pretrained(folder)
@@ -224,7 +225,7 @@ def serve(side: str, work: Work) -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     torch.set_num_threads(work.threads)
     if side == "ours":
-        import benchmarks.throughput  # noqa: F401
+        import benchmarks.speed.subjects  # noqa: F401
     else:
         from trl import AlignPropTrainer, DDPOTrainer, DefaultDDPOStableDiffusionPipeline  # noqa: F401  (late imports)
     before = held()
