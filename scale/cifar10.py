@@ -167,7 +167,7 @@ def pipeline_of(s: Settings, device: torch.device) -> DDPMPipeline:
     pipeline = pixels.load(s.model, s.revision, s.variant)
     tuning.lay_out(s, pipeline.unet)
     pipeline.unet.train(False)  # there is dropout in some; the reference has none
-    return pipeline.to(device)
+    return tuning.placed(s, pipeline, device)
 
 
 def pictures_of(s: Settings, pipeline: DDPMPipeline | pixels.Outline) -> data.Pictures | None:
@@ -330,6 +330,7 @@ def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
             return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
 
         history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
+        task = tuning.whole_again(s, task, accelerator, lambda s: assemble(s, reward, accelerator))
         tuning.match_kl(s, task, accelerator, pixels.KL_STEPS)
         found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from ctrl.fit import Run, fit
 from ctrl.training import checkpoint
 from ctrl.training.replay import ON_DEVICE, epoch_bytes
+from ctrl.training.split import PARTS
 from ctrl.value import StructuredCritic
 from scale.diffusion import Score, WithoutAdapters, images_at_a_time, pictures_of
 from scale.models import Outline
@@ -276,10 +277,14 @@ def memory(
         working["slope"] += unet  # the graph holds what was brought
     if isinstance(task.critic, StructuredCritic) and "image_slope" in working:
         working["slope"] += working["image_slope"]  # grad V goes through both
-    return {
+    held = {
         "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
         "untuned weights": 0 if shared or s.offload_reference else unet, "average": 4 * averaged if s.ema else 0,
-        **others, "trajectories": epoch * max(1, min(task.algorithm.keep, ON_DEVICE // epoch)),
+    }  # fmt: skip
+    if s.split:
+        held = {name: v // processes for name, v in held.items()} | {"parts that are whole": 2 * unet // PARTS}
+    return {
+        **held, **others, "trajectories": epoch * max(1, min(task.algorithm.keep, ON_DEVICE // epoch)),
         "activations": max(working.values()),
     }  # fmt: skip
 

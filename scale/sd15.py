@@ -83,7 +83,7 @@ def pipeline_of(s: Settings, device: torch.device) -> StableDiffusionPipeline:
         torch.manual_seed(s.seed)  # the adapters' first weights must not depend on the process
         adapters(pipeline.unet, s.lora)
     tuning.lay_out(s, pipeline.unet)
-    return pipeline.to(device)
+    return tuning.placed(s, pipeline, device)
 
 
 def companions_of(s: Settings, pipeline: StableDiffusionPipeline) -> dict[str, Any]:
@@ -210,6 +210,7 @@ def train(settings: Settings, reward: Reward | None = None) -> Outcome:
             say_left_out(s, task.eval_prompts)
         watch = Watch(s, accelerator, lambda: shown(s, task.pipeline, task.eval_prompts).images)
         history = tuning.learn(s, task, accelerator, watch)
+        task = tuning.whole_again(s, task, accelerator, lambda s: assemble(s, reward, accelerator))
         tuning.match_kl(s, task, accelerator, s.eval_headline)
         found = finish(s, task, history, accelerator)
         accelerator.wait_for_everyone()

@@ -100,7 +100,7 @@ FREE = frozenset((
     "out", "resume", "overwrite", "checkpoint_every", "keep_checkpoints", "max_hours", "max_kl", "min_diversity",
     "stop_on_collapse", "patience", "mismatch", "reward_retries", "reward_timeout", "reward_python", "pictures_every",
     "log_with", "eval", "quick", "dry_run", "batch", "micro_batch", "gradient_checkpointing", "offload_reference",
-    "channels_last", "compile",
+    "channels_last", "compile", "split",
 ))  # fmt: skip
 """What may change when a run is gone on with."""
 
@@ -207,6 +207,9 @@ class Tuning:
     """Lay out the UNet's weights as convolutions on most devices prefer them."""
     compile: bool = False
     """Compile the UNets (torch.compile): the first epoch takes minutes longer, later ones less time."""
+    split: bool = False
+    """Hold the UNets and the critic in shares, one on each process (FSDP2), where training does not fit one device;
+    slower. Afterwards, to evaluate, each process has them whole."""
     batch: int = 8
     """Pictures drawn, and nodes evaluated, at a time on a device."""
     micro_batch: int = 4
@@ -320,6 +323,13 @@ class Tuning:
             "compile and offload_reference exclude one another: the weights of what is compiled stay where they are": (
                 self.compile and self.offload_reference
             ),
+            "split excludes offload_reference, compile and eight_bit: their weights are whole": self.split
+            and (self.offload_reference or self.compile or self.eight_bit),
+            "split needs samples to be a multiple of the processes": bool(self.split and self.samples % processes()),
+            "split excludes path-consistency: processes have unequal shares of whole trajectories": (
+                self.split and self.algorithm == "path-consistency"
+            ),
+            "split excludes precision fp16: take bf16 or no": self.split and self.precision == "fp16",
             "eval_steps must be >= 1": any(steps < 1 for steps in self.eval_steps),
             "kl and max_kl must be left out with eta = 0, or a sampler of diffusers that draws no noise: without noise "
             "there is no path KL": (self.kl is not None or self.max_kl is not None) and noiseless,

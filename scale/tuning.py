@@ -37,7 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctrl import Noise, Solver
+from ctrl import Mean, Noise, Solver
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
 from ctrl.decided import complete, decided_share
 from ctrl.fields import check_fields
@@ -48,6 +48,7 @@ from ctrl.training import files
 from ctrl.training.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.training.interrupts import RunFailed
 from ctrl.training.processes import check_processes
+from ctrl.training.split import whole
 from ctrl.value import Critic
 from scale import report
 from scale.diffusion import Score, problem
@@ -58,6 +59,7 @@ from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
 
 S = TypeVar("S", bound=Tuning)
 P = TypeVar("P", bound=DiffusionPipeline)
+T = TypeVar("T", bound="Task")
 Named = TypeVar("Named", bound="Tuning | Evaluate")
 
 # ------------------------------------------------------------------------------------------ the parts
@@ -142,6 +144,14 @@ def lay_out(s: Tuning, unet: ModelMixin) -> None:
         unet.to(memory_format=torch.channels_last)
 
 
+def placed(s: Tuning, pipeline: P, device: torch.device) -> P:
+    """A pipeline on the device, but for a UNet that is going to be split."""
+    for name, part in pipeline.components.items():
+        if isinstance(part, nn.Module) and not (s.split and name == "unet"):
+            part.to(device)
+    return pipeline
+
+
 def reference_of(s: Tuning, policy: Score, device: torch.device) -> Score:
     """The untuned model, offloaded if asked for; or both compiled."""
     reference = policy.frozen()
@@ -173,7 +183,7 @@ def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
         jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, reward_lr=s.reward_lr,
         optimizer=optimizer_of(s), ema=s.ema, batch=s.batch, micro_batch=s.micro_batch, seed=s.seed, out=s.out,
         checkpoint_every=s.checkpoint_every, keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
-        patience=s.patience, mismatch=s.mismatch, warmup=s.warmup,
+        patience=s.patience, mismatch=s.mismatch, warmup=s.warmup, split=s.split,
     )  # fmt: skip
 
 
@@ -336,6 +346,16 @@ def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback)
     return result.history
 
 
+def whole_again(s: S, task: T, accelerator: Accelerator, make: Callable[[S], T]) -> T:
+    """The task made anew with what was learned, if models were split: what follows calls them on one process alone."""
+    if not s.split or accelerator.num_processes == 1:
+        return task
+    learned = whole(task.learner.state_dict())
+    made = make(dataclasses.replace(s, split=False, resume=True, overwrite=False))
+    made.learner.load_state_dict(learned)
+    return made
+
+
 def match_kl(s: Tuning, task: Task, accelerator: Accelerator, steps: int) -> None:
     """Scale the learned change of weights so that the path KL is `s.kl`, measured by `steps` of Heun on
     `eval_kl_samples` images. KL ~ scale^power, with power 2 for small changes, then the secant in logarithms."""
@@ -389,7 +409,19 @@ def alone(s: Tuning, task: Task) -> Task:
     like = algorithm if isinstance(algorithm, ActorCritic) else ActorCritic(nats=math.inf)
     settings = dataclasses.replace(task.fit, epochs=s.pretrain, out=s.out / "critic", seed=s.seed + 1, ema=0.0)
     still = dataclasses.replace(like, actor_updates=0, trace=0.0)
-    return dataclasses.replace(task, learner=task.policy, algorithm=still, fit=settings)
+    return dataclasses.replace(task, learner=Still(task.problem.reference), algorithm=still, fit=settings)
+
+
+class Still(nn.Module):
+    """The reference as a policy that does not move; its weights are not among those of the policy."""
+
+    def __init__(self, reference: Mean) -> None:
+        super().__init__()
+        self.held = (reference,)
+        self.nothing = nn.Parameter(torch.zeros(1))  # for an optimiser to hold
+
+    def forward(self, t: Tensor, x: Tensor, cond: Any = None) -> Tensor:
+        return self.held[0](t, x, cond)
 
 
 class Watch:
@@ -403,17 +435,20 @@ class Watch:
 
     def __init__(self, s: Tuning, accelerator: Accelerator, draw: Callable[[], Tensor]) -> None:
         self.s, self.accelerator, self.draw = s, accelerator, draw
-        if s.pictures_every and accelerator.is_main_process and not (s.out / "pictures").exists():
+        if s.pictures_every and not s.split and accelerator.is_main_process and not (s.out / "pictures").exists():
             self.show(0)
 
     def __call__(self, run: Run, metrics: dict[str, Any]) -> None:
         self.accelerator.log({k: v for k, v in metrics.items() if k != "epoch"}, step=metrics["epoch"])
-        if self.s.pictures_every and metrics["epoch"] % self.s.pictures_every == 0 and run.accelerator.is_main_process:
+        due = self.s.pictures_every and metrics["epoch"] % self.s.pictures_every == 0
+        if due and (self.s.split or run.accelerator.is_main_process):  # what is split all processes draw by
             self.show(metrics["epoch"])
 
     def show(self, epoch: int) -> None:
         """To the folder and to the trackers."""
         grid = report.grid(self.draw())
+        if not self.accelerator.is_main_process:
+            return
         report.keep(grid, self.s.out / "pictures" / f"epoch-{epoch:06d}.png")
         if self.s.log_with != "none":
             options = {"dataformats": "NHWC"} if self.s.log_with == "tensorboard" else {}

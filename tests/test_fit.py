@@ -809,9 +809,9 @@ def test_an_error_in_the_reward_comes_through():
         train(problem=problem)
 
 
-def test_a_model_that_is_split_over_processes_is_refused(monkeypatch):
+def test_models_that_something_else_splits_are_refused(monkeypatch):
     monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="splits a model over processes, and fit adds up whole gradients itself"):
+    with pytest.raises(ValueError, match=r"splits models in its own way, .* set settings\.split"):
         train(built=(Untouched(), catalogue.get("mixture-2d").value))
 
 

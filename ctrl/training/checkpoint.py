@@ -39,7 +39,7 @@ from ctrl.training.metrics import Metrics
 from ctrl.training.processes import together
 from ctrl.training.replay import Replay, epoch_bytes
 from ctrl.training.settings import Settings
-from ctrl.training.state import RandomState, Stateful, Weights
+from ctrl.training.state import OptimizerState, RandomState, Stateful, Weights
 
 FORMAT = 5
 """Of the folder; another one is refused."""
@@ -105,7 +105,7 @@ def _parts(run: Resumable) -> dict[str, Stateful]:
     parts: dict[str, Stateful] = {}
     for name, learner in run.engine.learners.items():
         parts[name] = Weights(learner.model)
-        parts[f"{name}-optimizer"] = learner.optimizer
+        parts[f"{name}-optimizer"] = OptimizerState(learner.optimizer)
     if run.engine.ema is not None:
         parts["ema"] = Weights(run.engine.ema, like=run.engine.policy)
     if run.accelerator.scaler is not None:
@@ -144,13 +144,16 @@ def _write(run: Resumable, part: Path) -> None:
     rank = run.replay.rank
     save_file(_unshared(run.replay.state_dict(run.algorithm.keep - 1)), part / f"replay-{rank}.safetensors")
     torch.save(RandomState().state_dict(), part / f"random-{rank}.pt")
+    for name, held in _parts(run).items():
+        state = held.state_dict()  # of models that are split every process gives its share
+        if not run.accelerator.is_main_process:
+            continue
+        if isinstance(held, Weights):
+            save_file(_unshared(state), part / f"{name}.safetensors")
+        else:
+            torch.save(state, part / f"{name}.pt")
     if not run.accelerator.is_main_process:
         return
-    for name, held in _parts(run).items():
-        if isinstance(held, Weights):
-            save_file(_unshared(held.state_dict()), part / f"{name}.safetensors")
-        else:
-            torch.save(held.state_dict(), part / f"{name}.pt")
     progress = {
         "epoch": run.epoch, "counts": run.metrics.counts, "strikes": run.strikes, "processes": run.replay.world,
         "must_agree": _must_agree(run),

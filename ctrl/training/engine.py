@@ -18,6 +18,12 @@ from ctrl.training.metrics import Metrics
 from ctrl.training.precision import precision_of
 from ctrl.training.processes import sum_in_place
 from ctrl.training.settings import Settings
+from ctrl.training.split import in_step, split, whole
+
+
+def learns(model: Any) -> bool:
+    """Whether it is a module with something to train."""
+    return isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters())
 
 
 @dataclass
@@ -59,20 +65,29 @@ class Engine:
     ) -> None:
         self.settings, self.metrics, self.accelerator = settings, metrics, accelerator
         self.policy = policy
-        self.learners = {"policy": self._learner(policy, settings.lr)}
-        for name, model, lr in (("critic", critic, settings.critic_lr), ("reward", reward, settings.reward_lr)):
-            if isinstance(model, nn.Module) and any(p.requires_grad for p in model.parameters()):
-                self.learners[name] = self._learner(model, lr)
-        frozen = {id(p): p for p in policy.parameters() if not p.requires_grad}  # the average shares them
-        self.ema = copy.deepcopy(policy, frozen).requires_grad_(False) if settings.ema else None
-
-    def _learner(self, model: nn.Module, lr: float) -> Learner:
-        trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-        if not trained:
+        if not learns(policy):
             raise ValueError(
                 f"policy has nothing to train: it must be a torch.nn.Module with parameters that require a gradient, "
-                f"got {type(model).__name__}"
+                f"got {type(policy).__name__}"
             )
+        self.split = settings.split and accelerator.num_processes > 1
+        frozen = (
+            [] if self.split else [p for p in policy.parameters() if not p.requires_grad]
+        )  # the average shares them
+        self.ema = None
+        if settings.ema:
+            self.ema = copy.deepcopy(policy, {id(p): p for p in frozen}).requires_grad_(False)
+        if self.split and self.ema is not None:
+            split(self.ema, "the averaged policy", accelerator)
+        self.learners = {"policy": self._learner("policy", policy, settings.lr)}
+        for name, model, lr in (("critic", critic, settings.critic_lr), ("reward", reward, settings.reward_lr)):
+            if learns(model):
+                self.learners[name] = self._learner(name, model, lr)
+
+    def _learner(self, name: str, model: nn.Module, lr: float) -> Learner:
+        if self.split:
+            split(model, name, self.accelerator)
+        trained = [p for p in model.parameters() if p.requires_grad]
         forward = model.forward
         self.accelerator.prepare_model(model, evaluation_mode=True)
         if self.accelerator.native_amp:  # accelerate's forward would round even where autocast is off
@@ -98,7 +113,7 @@ class Engine:
         loss = self.differentiate(update)
         self.metrics.count("network_calls", update.calls * update.size)
         self.accelerator.unscale_gradients(learner.optimizer)
-        norm = nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None])
+        norm = whole(nn.utils.get_total_norm([p.grad for p in learner.trained if p.grad is not None]))
         if not bool(torch.isfinite(norm + loss)):
             return None if self._overflowed(loss) else self.locate_nonfinite(update)
         nn.utils.clip_grads_with_norm_(learner.trained, self.settings.max_grad_norm, norm)
@@ -120,7 +135,7 @@ class Engine:
             if losses.shape != part.t.shape:
                 raise ValueError(f"loss must return one number a node, shape {tuple(part.t.shape)}, got {losses.shape}")
             share = losses[:counted].sum() / update.size
-            self.accelerator.backward(share)
+            self.accelerator.backward(share * self.accelerator.num_processes if self.split else share)  # it divides
             total += share.detach()
         self._add_up(learner.trained)
         return self.accelerator.reduce(total)
@@ -132,15 +147,20 @@ class Engine:
         length, even = self.settings.micro_batch, self.precision != "no"
         if even:
             length = min(length, -(-size // self.accelerator.num_processes))
-        for i in range(0, len(nodes), length):
-            part = nodes.part(slice(i, i + length))
-            yield (part.filled(length) if even else part), len(part)
+        for piece, counts in self.pieces(len(nodes), length):
+            part = nodes.part(piece)
+            yield (part.filled(length) if even else part), len(part) if counts else 0
+
+    def pieces(self, n: int, size: int) -> Iterator[tuple[slice, bool]]:
+        """Of n things `size` at a time, as often on every process as models that are split ask for, and whether these
+        count."""
+        return in_step(n, size, self.accelerator, self.split)
 
     def _add_up(self, parameters: list[nn.Parameter]) -> None:
         """Gradients summed over processes. Where there is none it is zero, on any number of processes."""
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        if self.accelerator.num_processes > 1:
+        if self.accelerator.num_processes > 1 and not self.split:
             sum_in_place([p.grad for p in parameters if p.grad is not None])
 
     def _average(self) -> None:
@@ -170,11 +190,12 @@ class Engine:
         name, nodes, losses = update.name, update.nodes, torch.zeros(0)
         size = self.settings.micro_batch
         with torch.no_grad(), self.accelerator.autocast():
-            for i in range(0, len(nodes), size):
-                losses = torch.cat([losses.to(nodes.x), update.loss(nodes.part(slice(i, i + size))).to(nodes.x)])
+            for piece, counts in self.pieces(len(nodes), size):
+                found = update.loss(nodes.part(piece)).to(nodes.x)
+                losses = torch.cat([losses.to(nodes.x), found]) if counts else losses
         bad = (~losses.isfinite()).nonzero()
         parameters = self.learners[name].model.named_parameters()
-        gradients = [n for n, p in parameters if p.grad is not None and not bool(p.grad.isfinite().all())]
+        gradients = [n for n, p in parameters if p.grad is not None and not bool(whole(p.grad.isfinite().all()))]
         if len(bad):
             i = int(bad[0])
             place = f"step {int(nodes.k[i])} (t = {float(nodes.t[i]):.4g}) of sample id {int(nodes.ids[i])}"

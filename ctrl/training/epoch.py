@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
@@ -21,7 +19,6 @@ from ctrl.noise import GRID, Noise
 from ctrl.problem import Problem
 from ctrl.regularize import actions_kl
 from ctrl.rollout import Trajectory, batch_time, with_reward
-from ctrl.solvers import Solver
 from ctrl.training.engine import Engine
 from ctrl.training.metrics import Metrics
 from ctrl.training.precision import FEW, few_of, full
@@ -31,67 +28,49 @@ from ctrl.training.settings import Settings
 from ctrl.value import Critic
 
 
-@dataclass
 class Epoch:
     """One epoch of a run.
 
     Attributes:
-        given: the critic, if there is one.
         explores: whether the policy acts around its mean.
         noise: keyed by the epoch.
         shuffle: of minibatches.
         probe: the paths along which a KL is measured, with the actions of policy and reference in float32.
     """
 
-    problem: Problem
-    policy: Any
-    given: Critic | None
-    explores: bool
-    conditions: Conditions
-    settings: Settings
-    noise: Noise
-    engine: Engine
-    metrics: Metrics
-    replay: Replay
-    shuffle: torch.Generator = field(init=False)
-    probe: Collection = field(init=False)
+    probe: Collection
 
-    def __post_init__(self) -> None:
-        self.shuffle = torch.Generator().manual_seed(self.noise.word(GRID, 1))
+    def __init__(
+        self,
+        problem: Problem,
+        policy: Any,
+        critic: Critic | None,
+        explores: bool,
+        conditions: Conditions,
+        settings: Settings,
+        noise: Noise,
+        engine: Engine,
+        metrics: Metrics,
+        replay: Replay,
+    ) -> None:
+        self.problem, self.policy, self._critic, self.explores = problem, policy, critic, explores
+        self.conditions, self.settings, self.noise = conditions, settings, noise
+        self.engine, self.metrics, self.replay, self.accelerator = engine, metrics, replay, engine.accelerator
+        self.solver, self.samples, self.steps = settings.solver, settings.samples, settings.steps
+        self.micro_batch, self.history = settings.micro_batch, metrics.history
+        self.count, self.log, self.mean_over_samples = metrics.count, metrics.log, metrics.mean
+        self.autocast, self.total = self.accelerator.autocast, self.accelerator.reduce
+        self.shuffle = torch.Generator().manual_seed(noise.word(GRID, 1))
+
+    @property
+    def collections(self) -> list[Collection]:
+        return self.replay.collections
 
     @property
     def critic(self) -> Critic:
-        if self.given is None:
+        if self._critic is None:
             raise ValueError("critic must be given to fit: this algorithm uses one")
-        return self.given
-
-    @property
-    def accelerator(self) -> Accelerator:
-        return self.engine.accelerator
-
-    @property
-    def solver(self) -> Solver:
-        return self.settings.solver
-
-    @property
-    def samples(self) -> int:
-        return self.settings.samples
-
-    @property
-    def steps(self) -> int:
-        return self.settings.steps
-
-    @property
-    def micro_batch(self) -> int:
-        return self.settings.micro_batch
-
-    @property
-    def history(self) -> Sequence[dict[str, Any]]:
-        return self.metrics.history
-
-    @property
-    def collections(self) -> Sequence[Collection]:
-        return self.replay.collections
+        return self._critic
 
     def with_problem(self, problem: Problem) -> Epoch:
         other = copy.copy(self)  # with the same shuffle
@@ -162,12 +141,12 @@ class Epoch:
         self, f: Callable[..., Tensor], ids: Tensor, t: Tensor, x: Tensor, *fields: Tensor, size: int | None = None
     ) -> Tensor:
         """f(t, x, *fields, cond), `size` nodes at a time (`settings.batch`)."""
-        parts, size = [], size or self.settings.batch
-        for i in range(0, len(t), size):
-            piece = slice(i, i + size)
+        parts = []
+        for piece, counts in self.engine.pieces(len(t), size or self.settings.batch):
             with torch.no_grad(), self.autocast():
                 at, *given = (v[piece].to(self.accelerator.device) for v in (ids, t, x, *fields))
-                parts.append(f(*given, self.conditions(at)).to(x.dtype))
+                found = f(*given, self.conditions(at)).to(x.dtype)
+            parts += [found] if counts else []
         return torch.cat(parts)
 
     def minibatches(
@@ -185,15 +164,18 @@ class Epoch:
         if annotate is None:
             return nodes
         self.count("network_calls", calls)
-        parts, micro = [], self.micro_batch
-        for i in range(0, len(nodes), micro):
+        parts = []
+        for piece, counts in self.engine.pieces(len(nodes), self.micro_batch):
             with torch.no_grad(), self.autocast():
-                parts.append(annotate(nodes.part(slice(i, i + micro))))
+                found = annotate(nodes.part(piece))
+            parts += [found] if counts else []
         names = parts[0] if parts else ()
-        found = {name: torch.cat([part[name] for part in parts]).to(nodes.x.dtype) for name in names}
-        return replace(nodes, fields={**nodes.fields, **found})
+        fields = {name: torch.cat([part[name] for part in parts]).to(nodes.x.dtype) for name in names}
+        return replace(nodes, fields={**nodes.fields, **fields})
 
     def path_minibatches(self, updates: int, size: int) -> Iterator[Collection]:
+        if self.engine.split:
+            raise ValueError("split: processes have unequal shares of whole trajectories; take another algorithm")
         return map(self.here, self.replay.path_minibatches(updates, size, self.shuffle))
 
     def here(self, collection: Collection) -> Collection:
@@ -204,19 +186,10 @@ class Epoch:
         end = batch_time(path.t[-1], path.x.dtype, len(path.ids))
         return with_reward(path, self._evaluate(lambda t, x, c: self.problem.reward(x, c), path.ids, end, path.x[-1]))
 
-    def autocast(self) -> AbstractContextManager[Any]:
-        return self.accelerator.autocast()
-
     # over processes
-
-    def total(self, v: Tensor) -> Tensor:
-        return self.accelerator.reduce(v)
 
     def gather(self, v: Any) -> list[Any]:
         return list(gather_object([v]))
-
-    def mean_over_samples(self, v: Tensor) -> Tensor:
-        return self.metrics.mean(v)
 
     def mean_over_others(self, v: Tensor, group: int) -> Tensor:
         ids = self.collections[-1].trajectory.ids
@@ -227,12 +200,6 @@ class Epoch:
 
     # metrics
 
-    def count(self, name: str, n: int) -> None:
-        self.metrics.count(name, n)
-
-    def log(self, name: str, value: Tensor | float) -> None:
-        self.metrics.log(name, value)
-
     def logged(self, name: str) -> float:
         return self.metrics.summary()[name]
 
@@ -242,14 +209,16 @@ class Epoch:
     @property
     def _measured(self) -> int:
         """Paths along which a KL is measured, over all processes."""
-        return self.samples if self.engine.precision == "no" else min(FEW, self.samples)
+        world = self.replay.world if self.engine.split else 1  # of which every one then has as many
+        return self.samples if self.engine.precision == "no" else min(-(-FEW // world) * world, self.samples)
 
     def _choose_probe(self, collection: Collection) -> None:
         """All paths, or below float32 a few of them."""
         self.probe = collection
         if self.engine.precision == "no":
             return
-        few, rank, world = few_of(self.samples, self.noise), self.replay.rank, self.replay.world
+        rank, world = self.replay.rank, self.replay.world
+        few = few_of(self.samples, self.noise, self._measured)
         self.probe = collection.take(few[few % world == rank] // world)
         self.probe.attach("a_old", self._at_probe(self.policy))
         self.probe.attach("a_ref", self._at_probe(self.problem.reference))

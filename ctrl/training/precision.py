@@ -46,10 +46,10 @@ def full(device: torch.device) -> Iterator[None]:
             part.allow_tf32 = kept
 
 
-def few_of(samples: int, noise: Noise) -> Tensor:
-    """FEW places among an epoch's samples, or all: drawn by the epoch alone, one of each residue class, so that the
+def few_of(samples: int, noise: Noise, few: int = FEW) -> Tensor:
+    """`few` places among an epoch's samples, or all: drawn by the epoch alone, one of each residue class, so that the
     same ones are found on any number of processes, and on as many of them as there are."""
-    first = torch.arange(min(FEW, samples))
-    rows = (samples - first + FEW - 1) // FEW
+    first = torch.arange(min(few, samples))
+    rows = (samples - first + few - 1) // few
     u = noise.uniform(torch.zeros(1, dtype=torch.int64), (len(first),), GRID, 2)[0]
-    return first + FEW * (u * rows).long()
+    return first + few * (u * rows).long()

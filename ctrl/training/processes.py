@@ -21,11 +21,11 @@ _KINDS = {
     kind for kind in DistributedType
     if kind.name in ("NO", "MULTI_CPU", "MULTI_GPU", "MULTI_NPU", "MULTI_MLU", "MULTI_SDAA", "MULTI_MUSA", "MULTI_XPU")
 }  # fmt: skip
-"""Each process has a whole model."""
+"""Where processes are alike, and nobody else splits a model."""
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raise unless the processes see one another, and each has a whole model."""
+    """Raise unless the processes see one another, and nobody else splits models."""
     if accelerator.num_processes == 1 < int(os.environ.get("WORLD_SIZE", "1")):
         raise ValueError(
             f"accelerator: there are {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), and each would train alone; "
@@ -33,8 +33,8 @@ def check_processes(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type not in _KINDS:
         raise ValueError(
-            f"accelerator: {accelerator.distributed_type} splits a model over processes, and fit adds up whole "
-            f"gradients itself: take multi-GPU, and gradient checkpointing, LoRA or offloading for memory"
+            f"accelerator: {accelerator.distributed_type} splits models in its own way, which fit does not know: launch "
+            f"with multi-GPU, and set settings.split, which holds them in shares (FSDP2)"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(

@@ -21,13 +21,14 @@ from ctrl.rollout import NotFinite
 from ctrl.training import checkpoint, files, guards
 from ctrl.training.collect import Collector
 from ctrl.training.device import check_device
-from ctrl.training.engine import Engine
+from ctrl.training.engine import Engine, learns
 from ctrl.training.epoch import Epoch
 from ctrl.training.interrupts import RunFailed, Stops
 from ctrl.training.metrics import Metrics
-from ctrl.training.processes import any_of, check_processes
+from ctrl.training.processes import any_of, check_processes, check_same
 from ctrl.training.replay import Replay
 from ctrl.training.settings import Settings
+from ctrl.training.split import split, whole
 from ctrl.training.state import Weights, frozen_digest, identity
 from ctrl.value import Critic
 
@@ -53,23 +54,43 @@ class Run:
     ) -> None:
         check_processes(accelerator)
         check_device(accelerator)
-        if settings.samples < accelerator.num_processes:
-            raise ValueError(
-                f"samples must be at least one for each of the {accelerator.num_processes} processes, "
-                f"got {settings.samples}"
-            )
+        self._check_shares(settings, accelerator)
         self.problem, self.algorithm, self.settings, self.accelerator = problem, algorithm, settings, accelerator
         self.policy, self.critic, self.conditions = policy, critic, conditions or (lambda ids: None)
-        for model in (problem, policy, critic, *(v for _, v in inspect.getmembers_static(problem))):
-            if isinstance(model, nn.Module) and not any(p.is_meta for p in model.parameters()):  # offloaded ones stay
-                model.to(accelerator.device)
+        self._place()
         self.metrics = Metrics(settings.samples, accelerator)
         self.engine = Engine(policy, critic, problem.reward, settings, self.metrics, accelerator)
+        if self.engine.split and isinstance(reference := getattr(problem, "reference", None), nn.Module):
+            split(reference, "reference", accelerator)  # after the policy, which it may be without its adapters
         self.collector = Collector(problem, self.conditions, settings, accelerator)
         self.replay = Replay(settings.samples, accelerator.process_index, accelerator.num_processes)
         self.stops = Stops(settings.max_hours, listen=settings.out is not None)
         self.epoch = self.kept = 0
         self.strikes: dict[str, int] = {}
+
+    @staticmethod
+    def _check_shares(settings: Settings, accelerator: Accelerator) -> None:
+        samples, world = settings.samples, accelerator.num_processes
+        if samples < world:
+            raise ValueError(f"samples must be at least one for each of the {world} processes, got {samples}")
+        if settings.split and samples % world:
+            raise ValueError(f"samples must be as many for each of {world} processes, which split asks for: {samples}")
+        if settings.split and accelerator.scaler is not None:
+            raise ValueError("split takes precision bf16 or no: float16's scaled gradients are of whole models")
+
+    def _place(self) -> None:
+        """Models to the device; those that are split go there later, a part at a time."""
+        problem, accelerator = self.problem, self.accelerator
+        held = dict(inspect.getmembers_static(problem))
+        held |= {"problem": problem, "policy": self.policy, "critic": self.critic}
+        modules = {name: v for name, v in held.items() if isinstance(v, nn.Module)}
+        if self.settings.split and accelerator.num_processes > 1:
+            weights = {f"weights of {name}": files.digest(whole(m.state_dict())) for name, m in modules.items()}
+            check_same(accelerator, lambda: weights | self.fixed)  # which later are each process's own
+            modules = {name: m for name, m in modules.items() if name != "reference" and not learns(m)}
+        for model in modules.values():
+            if not any(p.is_meta for p in model.parameters()):  # offloaded ones stay
+                model.to(accelerator.device)
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -84,7 +105,8 @@ class Run:
     @cached_property
     def fixed(self) -> dict[str, str]:
         """Digests of what training does not move, by the words for it in messages."""
-        frozen = {f"frozen weights of {name}": frozen_digest(v.model) for name, v in self.engine.learners.items()}
+        models: dict[str, Any] = {"policy": self.policy, "critic": self.critic, "reward": self.problem.reward}
+        frozen = {f"frozen weights of {name}": frozen_digest(m) for name, m in models.items() if learns(m)}
         return {"reference": identity(getattr(self.problem, "reference", None)), **frozen}
 
     def moving(self) -> dict[str, str]:

@@ -49,6 +49,8 @@ class Settings:
         batch: trajectories simulated at a time, and nodes evaluated at a time, on a process.
         micro_batch: nodes in one backward pass on a process, through the policy, or through reference and critic to
             the state; only memory and speed depend on it.
+        split: hold policy, reference and critic in shares, one on each process (FSDP2), for models that do not fit one
+            device. Without it every process has them whole, which is faster.
         seed: of everything that is drawn.
         out: folder for metrics.jsonl and checkpoints; None writes nothing.
         checkpoint_every: epochs between checkpoints; the last epoch always makes one.
@@ -76,6 +78,7 @@ class Settings:
     ema: Annotated[float, "in [0, 1)"] = 0.0
     batch: Count = 4096
     micro_batch: Count = 4096
+    split: bool = False
     seed: Amount = 0
     out: Path | None = None
     checkpoint_every: Count = 10

@@ -14,6 +14,7 @@ from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
 
 from ctrl.training.files import digest
+from ctrl.training.split import shared_like, whole
 
 
 class Stateful(Protocol):
@@ -24,7 +25,7 @@ class Stateful(Protocol):
 
 
 class Weights:
-    """What training moves of a model's state: trained weights, and buffers.
+    """What training moves of a model's state: trained weights, and buffers; whole where it is split.
 
     Args:
         like: the model that says which weights are trained, if another one does.
@@ -33,18 +34,40 @@ class Weights:
     def __init__(self, model: nn.Module, like: nn.Module | None = None) -> None:
         self.model, self.like = model, model if like is None else like
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def _moving(self) -> dict[str, Tensor]:
         frozen = {name for name, p in self.like.named_parameters(remove_duplicate=False) if not p.requires_grad}
         return {name: v for name, v in self.model.state_dict().items() if name not in frozen}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(whole(self._moving()))
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.model.load_state_dict(state, strict=False)
+        now = self.model.state_dict()
+        self.model.load_state_dict({name: shared_like(v, now[name]) for name, v in state.items()}, strict=False)
 
     def shapes(self) -> str:
         """A digest of the names, shapes and dtypes of a model's tensors, and of which of them are written."""
-        moving, state = self.state_dict(), self.model.state_dict()
+        moving, state = self._moving(), self.model.state_dict()
         text = json.dumps([(name, list(v.shape), str(v.dtype), name in moving) for name, v in state.items()])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class OptimizerState:
+    """An optimiser's, whole where its model is split."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(whole(self.optimizer.state_dict()))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        held = {
+            i: {name: shared_like(v, parameters[i]) if name != "step" else v for name, v in moments.items()}
+            for i, moments in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": held})
 
 
 class RandomState:
@@ -67,7 +90,7 @@ class RandomState:
 
 def frozen_digest(model: nn.Module) -> str:
     """Of the weights of a trained model that are not trained."""
-    return digest({name: p for name, p in model.named_parameters() if not p.requires_grad})
+    return digest(whole({name: p for name, p in model.named_parameters() if not p.requires_grad}))
 
 
 def identity(model: Any) -> str:
@@ -77,4 +100,4 @@ def identity(model: Any) -> str:
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     offloaded = any(has_offloaded_params(module) for module in model.modules())
     held = get_state_dict_offloaded_model(model) if offloaded else model.state_dict()
-    return digest({name: v for name, v in held.items() if name not in trained})
+    return digest(whole({name: v for name, v in held.items() if name not in trained}))

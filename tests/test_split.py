@@ -1,0 +1,208 @@
+"""ctrl/training/split.py: models held in shares by several processes learn what one process learns from whole ones."""
+
+import dataclasses
+import functools
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from test_fit import fresh_engine, same_history, stop, train  # noqa: F401
+from torch import nn
+
+from ctrl import NetworkCritic
+from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, PathConsistency, PPOPenalty
+from ctrl.solvers import DDIM
+from ctrl.training import files
+from ctrl.training.split import PARTS, _count, _parts, whole
+from scale import models as pipelines
+from scale import sd15
+from scale.settings import EMBEDDED
+from tests.processes import member, several
+from toy import catalogue
+from toy.networks import Policy, Value
+
+EVALUATION = ActorCritic(critic_updates=2, actor_updates=0, nodes=65, keep=1)
+CASES = {
+    "actor-critic": {"algorithm": ActorCritic(3, 3, 65, keep=3), "ema": 0.9},
+    "actor-critic, its gradient as control": {"algorithm": ActorCritic(2, 2, 65, keep=2, critic_control=True)},
+    "ppo": {"algorithm": PPOPenalty(updates=2, nodes=65, evaluation=EVALUATION)},
+    "ddpo": {"algorithm": DDPO(nodes=33), "solver": DDIM()},
+    "lean adjoint": {"algorithm": AdjointMatching(updates=2, nodes=65)},
+    "adjoint": {"algorithm": AdjointMatching(updates=2, nodes=65, lean=False)},
+    "forward matching": {"algorithm": ForwardMatching(updates=2, nodes=65, keep=2, critic_updates=2)},
+}
+"""Updates of an odd number of nodes: processes have unequal shares, which take unequal numbers of micro-batches."""
+RESUMED = {**CASES["actor-critic"], "epochs": 4, "schedule": lambda progress: 1.0}
+LONG = {
+    "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=32", "updates=2"), "ema": 0.9},
+    "ddpo": {
+        "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4,
+        "options": ("nodes=16", "group=4", "passes=1", "clip=0.2"),
+    },
+    "actor-critic": {
+        "algorithm": "actor-critic", "critic": "network", "pretrain": 1,
+        "options": ("nodes=32", "critic_updates=3", "actor_updates=2", "keep=2"),
+    },
+}  # fmt: skip
+
+
+def models():
+    """A policy and a critic that look at nothing but their own network."""
+    torch.manual_seed(7)
+    problem = catalogue.get("mixture-2d").problem
+    policy = Policy(problem, 16)
+    nn.init.normal_(policy.network.layers[-1].weight, std=0.05)
+    return policy, NetworkCritic(problem, Value(problem, 16))
+
+
+def run(**case):
+    """Its whole weights, and its metrics."""
+    given = {"samples": 18, "batch": 7, "micro_batch": 16, **case}
+    result = train(built=given.pop("built", None) or models(), **given)
+    parts = {"policy": result.result.policy, "ema": result.result.ema, "critic": result.result.critic}
+    state = {name: whole(dict(m.state_dict())) for name, m in parts.items() if isinstance(m, nn.Module)}
+    return {"state": state, "history": result.history}
+
+
+def bytes_held(run, metrics):
+    """Of a process: weights, gradients and moments of all learners, in shares and whole; and half a row of each, which
+    a share may be off."""
+    tensors = [
+        v
+        for learner in run.engine.learners.values()
+        for p in learner.trained
+        for v in (p, p.grad, *learner.optimizer.state[p].values())
+        if v is not None and v.ndim
+    ]
+    here, everywhere = sum(v.to_local().nbytes for v in tensors), sum(v.nbytes for v in tensors)
+    SHARES.append((here, everywhere, sum(v.nbytes / len(v) for v in tensors) / 2))
+
+
+SHARES = []
+
+
+def embedded(out, split, algorithm, **changes):
+    """A short run of the command on the embedded model."""
+    AcceleratorState._reset_state()
+    settings = dataclasses.replace(
+        sd15.Settings.read(EMBEDDED), out=Path(out), split=split, log_with="none", pictures_every=2, epochs=3,
+        samples=8, steps=4, eval_samples=4, eval_headline=4, eval_grid_samples=2, eval_steps=(4,),
+        eval_samplers=("ddim",), eval_kl_samples=2, checkpoint_every=1, seed=5, **LONG[algorithm], **changes,
+    )  # fmt: skip
+    return sd15.train(settings)
+
+
+def worker(folder, algorithm, rank, world):
+    """One process of several: of the command, or of small runs whose results go to a file."""
+    with member(folder, rank, world):
+        if algorithm != "toys":
+            torch.set_default_dtype(torch.float32)
+            embedded(f"{folder}/run", True, algorithm)
+            return
+        torch.set_default_dtype(torch.float64)
+        found = {name: run(split=True, **case) for name, case in CASES.items()}
+        run(split=True, callbacks=[bytes_held], **CASES["actor-critic"])
+        found["shares"] = SHARES[-1]
+        with pytest.raises(KeyboardInterrupt):
+            run(split=True, callbacks=[stop(3)], out=f"{folder}/run", checkpoint_every=2, **RESUMED)
+        found["resumed"] = run(split=True, out=f"{folder}/run", resume=True, **RESUMED)
+        found["refused"] = []
+        for case in ({"samples": 17}, {"algorithm": PathConsistency(updates=2, paths=8)}):
+            with pytest.raises(ValueError, match="split") as refused:
+                run(split=True, epochs=1, **case)
+            found["refused"].append(str(refused.value))
+        torch.save(found, f"{folder}/{rank}.pt")
+
+
+@functools.cache
+def toys():
+    """What two processes have of every small run, and a folder with a checkpoint of theirs."""
+    folder = tempfile.mkdtemp()
+    with several(2, __file__, folder, "toys"):
+        pass
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)], Path(folder) / "run"
+
+
+def same(found, expected, rtol):
+    """Weights relative to their norm, and metrics."""
+    assert found.keys() == expected.keys()
+    for name, v in expected.items():
+        if v.is_floating_point():
+            assert float((found[name] - v).norm()) <= rtol * float(v.norm()) + 1e-12, name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_split_learns_what_is_whole(name):
+    """Weights, averages and metrics, to rounding; both processes have the same."""
+    one = run(**CASES[name])
+    for two in toys()[0]:
+        for part, state in one["state"].items():
+            same(two[name]["state"][part], state, 1e-9)
+        same_history(two[name]["history"], one["history"])
+
+
+def test_a_process_holds_half():
+    """Of weights, gradients and both moments."""
+    (first, everywhere, half_rows), (second, *_) = (found["shares"] for found in toys()[0])
+    assert first + second == everywhere
+    assert abs(first - everywhere / 2) <= half_rows < 0.05 * everywhere
+
+
+def test_what_was_split_is_resumed():
+    """On as many processes, as if nothing had happened."""
+    one = run(**RESUMED)
+    for two in toys()[0]:
+        for part, state in one["state"].items():
+            same(two["resumed"]["state"][part], state, 1e-9)
+        same_history(two["resumed"]["history"], one["history"])
+
+
+def test_one_process_goes_on_where_two_stopped_and_has_models_whole(tmp_path):
+    shutil.copytree(toys()[1], out := tmp_path / "run")
+    shutil.rmtree(files.newest(out))
+    assert files.newest(out).name == "epoch-000002"
+    resumed, one = run(out=out, resume=True, **RESUMED), run(**RESUMED)
+    for part, state in one["state"].items():
+        same(resumed["state"][part], state, 1e-9)
+    same_history(resumed["history"], one["history"])
+
+
+def test_what_cannot_be_split_is_refused():
+    for samples, paths in (found["refused"] for found in toys()[0]):
+        assert "samples must be as many for each of 2 processes, which split asks for: 17" in samples
+        assert "processes have unequal shares of whole trajectories" in paths
+
+
+def test_the_parts_of_a_network_are_small_and_few():
+    """No module is in two of them; together they have most of the weights, and none many."""
+    unet = pipelines.load(str(EMBEDDED.with_suffix(""))).unet
+    total = _count(unet)
+    parts = list(_parts(unet, total // PARTS))
+    assert sum(map(_count, parts)) == sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+    assert (
+        sum(map(_count, parts)) > 0.7 * total and max(map(_count, parts)) <= total // PARTS and len(parts) < 4 * PARTS
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("algorithm", LONG)
+def test_stable_diffusion_is_split(algorithm, tmp_path):
+    """The command on two processes writes the pipeline that it writes on one, and one goes on where they stopped."""
+    torch.set_default_dtype(torch.float32)
+    with several(2, __file__, tmp_path, algorithm):
+        whole_run = embedded(tmp_path / "whole", False, algorithm)
+    expected = whole_run.pipeline.unet.state_dict()
+    found = pipelines.load(str(tmp_path / "run" / "pipeline")).unet.state_dict()
+    same(found, expected, 1e-4)
+    assert {"report.html", "evaluation.json", "pictures"} <= {file.name for file in (tmp_path / "run").iterdir()}
+    shutil.rmtree(files.newest(tmp_path / "run"))
+    resumed = embedded(tmp_path / "run", False, algorithm, resume=True)
+    same(resumed.pipeline.unet.state_dict(), expected, 1e-4)
+
+
+if __name__ == "__main__":
+    worker(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
