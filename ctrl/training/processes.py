@@ -33,8 +33,8 @@ def check_processes(accelerator: Accelerator) -> None:
         )
     if accelerator.distributed_type not in _KINDS:
         raise ValueError(
-            f"accelerator: {accelerator.distributed_type} splits models in its own way, which fit does not know: launch "
-            f"with multi-GPU, and set settings.split, which holds them in shares (FSDP2)"
+            f"accelerator: {accelerator.distributed_type} splits models in its own way, which fit does not know: "
+            f"launch with multi-GPU, and set settings.split, which holds them in shares (FSDP2)"
         )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
