@@ -107,7 +107,8 @@ MOST_KL = {"forward-matching": 3.0}
 RATE = {
     ("following-soft", "actor-critic"): 6e-5, ("following-soft", "adjoint-matching"): 1.8e-4,
     ("following-soft", "forward-matching"): 6e-5, ("following-soft", "ddpo"): 1.8e-4,
-    ("following-soft", "diffusion-nft"): 1.8e-4,
+    ("following-soft", "diffusion-nft"): 1.8e-4, ("following-soft", "awm"): 6e-5,
+    ("following-soft", "flow-grpo"): 6e-5,
     ("jpeg-compressibility", "actor-critic"): 6e-5, ("jpeg-compressibility", "forward-matching"): 6e-5,
     ("jpeg-compressibility", "ddpo"): 6e-5,
 }  # fmt: skip
@@ -122,8 +123,7 @@ class SDTinyOptions(Options):
     reward: tuple[str, ...] = tuple(REWARDS)
     """following-soft, jpeg-compressibility."""
     method: tuple[str, ...] = tuple(dict.fromkeys(method for _, method in RATE))
-    """actor-critic, adjoint-matching, forward-matching, diffusion-nft, ddpo; awm and flow-grpo, whose learning rates
-    have not been found yet, with --tune alone."""
+    """actor-critic, adjoint-matching, forward-matching, diffusion-nft, awm, flow-grpo, ddpo."""
     seeds: int = 3
     """Runs of each, with seeds 0, 1, ..."""
     images: int = 1600

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ctrl import processes
+from ctrl.training import processes
 from ctrl.training.processes import equal_shares
 
 
