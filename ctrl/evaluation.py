@@ -32,7 +32,7 @@ from ctrl.qvalue import over_steps
 from ctrl.rollout import Trajectory
 
 
-def determined(problem: Problem) -> bool:
+def control_is_square(problem: Problem) -> bool:
     """Whether actions determine grad V at an optimum: B(t) is square."""
     B = problem.control(torch.zeros(1))
     return not isinstance(B, Matrix) or B.m.shape[-2] == B.m.shape[-1]

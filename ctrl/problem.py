@@ -96,7 +96,7 @@ class Problem(ABC):
         return x
 
     @property
-    def free(self) -> bool:
+    def actions_are_free(self) -> bool:
         """Whether actions have no price, R = 0: then the reference does not matter."""
         return False
 
@@ -191,7 +191,7 @@ class ScoreAsAction(Problem):
         return self.s_max - self.s_min
 
     @property
-    def free(self) -> bool:
+    def actions_are_free(self) -> bool:
         return self.beta == 0
 
     def s(self, t: Tensor) -> Tensor:
@@ -209,7 +209,9 @@ class ScoreAsAction(Problem):
         return Scalar(self.kappa(t))
 
     def velocities(self, times: Tensor) -> Sequence[Velocity]:
-        """From numbers: whoever overrides `drift` or `control` overrides this too."""
+        """From numbers; of a subclass with a drift or a control of its own, from these."""
+        if type(self).drift is not ScoreAsAction.drift or type(self).control is not ScoreAsAction.control:
+            return super().velocities(times)
         drift, control = -self.noising.f(self.s(times)), self.kappa(times)
         return [partial(_linear, f, kappa) for f, kappa in zip(drift.tolist(), control.tolist(), strict=True)]
 

@@ -33,7 +33,7 @@ def kl_rate(problem: Problem, t: Tensor, a: Tensor, a_ref: Tensor) -> Tensor:
     return dot(z, z) / 2
 
 
-def drawn_back(problem: Problem, t: Tensor, a: Tensor, a_old: Tensor, rate: float) -> Tensor:
+def clip_to_kl(problem: Problem, t: Tensor, a: Tensor, a_old: Tensor, rate: float) -> Tensor:
     """a, drawn back towards a_old to where the KL rate between them is `rate`, if it is beyond, (B, *D')."""
     if rate == math.inf:
         return a
@@ -58,7 +58,7 @@ def actions_kl(problem: Problem, trajectory: Trajectory, a: Tensor, a_ref: Tenso
     return (node_weights(trajectory.w).to(rate)[:, None] * rate).sum(0)
 
 
-def adapted(weight: float, measured: Sequence[float], aim: float, gain: float = 0.5, limit: float = 2.0) -> float:
+def adapt_weight(weight: float, measured: Sequence[float], aim: float, gain: float = 0.5, limit: float = 2.0) -> float:
     """The weight of a KL, once each measured KL in turn has multiplied it by (measured/aim)^gain, at most by limit or
     1/limit. It rises while KL is above its aim. Past KLs are all its state, so it needs no other."""
     for kl in measured:

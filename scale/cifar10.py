@@ -49,7 +49,7 @@ from scale.models import readable
 from scale.pixels import Evaluation
 from scale.pretrain import Pretrain, pretrain
 from scale.rewards import Reward, terms, unmade
-from scale.settings import ALGORITHMS, ASSETS, FREE, LEARN_VALUES, LIMITS, Tuning
+from scale.settings import ASSETS, FREE, LIMITS, Tuning, algorithm_named
 
 ENERGY = "energy"
 """The reward that is learned."""
@@ -228,7 +228,7 @@ def critic_of(s: Settings, task: ScoreAsAction, differentiable: bool) -> Critic:
 
 def inner(s: Settings) -> Settings:
     """Beside a reward that is learned an algorithm keeps one epoch, unless it is told otherwise."""
-    keeps = any(f.name == "keep" for f in dataclasses.fields(ALGORITHMS[s.algorithm]))
+    keeps = any(f.name == "keep" for f in dataclasses.fields(algorithm_named(s.algorithm)))
     return dataclasses.replace(s, options=("keep=1", *s.options)) if keeps else s
 
 
@@ -269,7 +269,7 @@ def parts(
         )
     return tuning.Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm,
-        critic=critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None, conditions=None, fit=made,
+        critic=critic_of(s, task, differentiable) if algorithm.learns_value else None, conditions=None, fit=made,
     )  # fmt: skip
 
 
@@ -307,7 +307,7 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
     if learned:
         assert pictures is not None
         algorithm = InverseRL(algorithm, drawn_data(s, policy, pictures), s.energy_squares, s.energy_updates)
-    critic = critic_of(s, task, differentiable) if s.algorithm in LEARN_VALUES else None
+    critic = critic_of(s, task, differentiable) if algorithm.learns_value else None
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
         conditions=None, fit=made, pipeline=pipeline,

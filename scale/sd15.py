@@ -48,7 +48,7 @@ from scale.evaluate import Evaluation, Pictures, calls_of_evaluation, draw, eval
 from scale.prompts import Prompt
 from scale.rewards import Reward, ask, ceiling_of, has_gradient, terms, unmade
 from scale.samplers import known
-from scale.settings import LEARN_VALUES, Settings
+from scale.settings import Settings
 from scale.tuning import Export, Outcome, Watch
 
 # ------------------------------------------------------------------------------------------ the parts
@@ -154,7 +154,7 @@ def parts(s: Settings, gradient: bool, outline: models.Outline, reward: Reward) 
     embeds, pooled = torch.zeros(1, text.max_position_embeddings, text.hidden_size), torch.zeros(1, outline.width)
     return tuning.Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm,
-        critic=critic_of(s, task, outline.width, gradient) if s.algorithm in LEARN_VALUES else None,
+        critic=critic_of(s, task, outline.width, gradient) if algorithm.learns_value else None,
         conditions=Prompts([NO_PROMPT], embeds, pooled, embeds, s.in_a_row), fit=made,
     )  # fmt: skip
 
@@ -187,7 +187,7 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     task, made, algorithm = tuning.planned(s, pipeline, reference, judged)
     conditions = Prompts.encode(pipeline, prompts, s.in_a_row)
     torch.manual_seed(s.seed)  # the critic's first weights: loading may have drawn numbers
-    critic = critic_of(s, task, conditions.width, gradient) if s.algorithm in LEARN_VALUES else None
+    critic = critic_of(s, task, conditions.width, gradient) if algorithm.learns_value else None
     try_rewards(pipeline, rewards, prompts, eval_prompts)
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -75,10 +76,23 @@ DDPO's clip is the standard deviation of a step's log-ratio at a path KL of ½ N
 region of the actor-critic. (Public codes clip the mean over 16,384 dimensions at 1e-4, which is the sum at 1.6.) AWM's
 is the published 1e-5 at four times the dimensions.
 """
-LEARN_VALUES = (
-    "actor-critic", "ppo", "ppo-clip", "path-consistency", "policy-iteration", "q-learning", "td-form", "next-value",
-)  # fmt: skip
-"""Those with a critic."""
+
+
+def algorithm_named(name: str) -> Algorithm:
+    """One of `ALGORITHMS`, or module:Class, one of the user's own, made without arguments."""
+    module, _, attribute = name.partition(":")
+    if not attribute:
+        one_of("algorithm", name, ALGORITHMS)
+        return ALGORITHMS[name]
+    try:
+        made = getattr(import_module(module), attribute)()
+    except (ImportError, AttributeError, TypeError) as wrong:
+        raise ValueError(f"algorithm: {name} cannot be made: {wrong}") from wrong
+    if not isinstance(made, Algorithm):
+        raise ValueError(f"algorithm: {name} must be a ctrl.algorithms.Algorithm, got {type(made).__name__}")
+    return made
+
+
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
 GRIDS = {
@@ -145,7 +159,7 @@ class Tuning:
     algorithm: str = "forward-matching"
     """forward-matching; actor-critic, ppo, ppo-clip, path-consistency, policy-iteration, q-learning, td-form,
     next-value; adjoint-matching (differentiable rewards); or, for comparison, awm, diffusion-nft, and the
-    discrete-time ddpo."""
+    discrete-time ddpo; or module:Class, a ctrl.algorithms.Algorithm of yours."""
     options: tuple[str, ...] = ()
     """The algorithm's own, over those listed under --help, by the names in ctrl/algorithms, such as
     `--options nodes=64 keep=4`; those of a part, such as `evaluation.critic_updates=8` of td-form."""
@@ -267,7 +281,7 @@ class Tuning:
         if isinstance(self.out, str):
             object.__setattr__(self, "out", Path(self.out))
         check_fields(self, self.limits)
-        one_of("algorithm", self.algorithm, ALGORITHMS)
+        algorithm_named(self.algorithm)
         if self.solver.startswith(BOXED):
             known(self.solver.removeprefix(BOXED))
         else:
@@ -333,9 +347,6 @@ class Tuning:
             "eval_steps must be >= 1": any(steps < 1 for steps in self.eval_steps),
             "kl and max_kl must be left out with eta = 0, or a sampler of diffusers that draws no noise: without noise "
             "there is no path KL": (self.kl is not None or self.max_kl is not None) and noiseless,
-            f"pretrain must be 0 for {self.algorithm}, which has no critic": bool(
-                self.pretrain and self.algorithm not in LEARN_VALUES
-            ),
         }
 
     def check_places(self) -> None:

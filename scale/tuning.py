@@ -55,7 +55,7 @@ from scale.diffusion import Score, problem
 from scale.evaluate import calls_of_nats, nats
 from scale.rewards import Patient, Reward, built_in, full_name, has_gradient, reward_of
 from scale.samplers import BlackBox, sampler
-from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning
+from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning, algorithm_named
 
 S = TypeVar("S", bound=Tuning)
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -87,7 +87,7 @@ class Task:
 
 def algorithm_of(s: Tuning, noisy: bool) -> Algorithm:
     """By name, with its options, within a KL budget if there is one."""
-    made = ALGORITHMS[s.algorithm]
+    made = algorithm_named(s.algorithm)
     for option in s.options:
         made = changed(made, *option.partition("=")[::2])
     if not noisy and isinstance(made, ActorCritic):
@@ -255,7 +255,10 @@ def check(s: Tuning) -> Algorithm:
     optimizer_of(s)  # it may lack its package
     if s.log_with == "wandb" and find_spec("wandb") is None:
         raise ValueError("log_with wandb needs wandb: pip install wandb")
-    return algorithm_of(dataclasses.replace(s, kl=None), True)
+    algorithm = algorithm_of(dataclasses.replace(s, kl=None), True)
+    if s.pretrain and not algorithm.learns_value:
+        raise ValueError(f"pretrain must be 0 for {s.algorithm}, which has no critic")
+    return algorithm
 
 
 def check_timesteps(pipeline: DiffusionPipeline, **steps: Sequence[int]) -> None:

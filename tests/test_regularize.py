@@ -29,7 +29,7 @@ from ctrl import (
     rollout,
     z_bound,
 )  # fmt: skip
-from ctrl.regularize import drawn_back
+from ctrl.regularize import clip_to_kl
 from tests.strategies import SEEDS, gaussians, normal, states
 from toy import catalogue
 from toy.lq import LinearPolicy
@@ -228,13 +228,13 @@ def test_an_action_is_drawn_back_no_further_than_it_must(rate, seed):
     t = 0.9 * torch.rand(20, generator=g)
     a, a_old = (3 * torch.randn(20, 2, generator=g) for _ in range(2))
     a[0] = a_old[0]
-    back = drawn_back(problem, t, a, a_old, rate)
+    back = clip_to_kl(problem, t, a, a_old, rate)
     before, after = (kl_rate(problem, t, v, a_old) for v in (a, back))
     torch.testing.assert_close(after, before.clamp(max=rate))
     share = ((back - a_old) * (a - a_old)).sum(1) / (a - a_old).square().sum(1).clamp(min=1e-30)
     torch.testing.assert_close(back, a_old + share[:, None] * (a - a_old))
     assert bool((share >= 0).all())
-    torch.testing.assert_close(drawn_back(problem, t, a, a_old, math.inf), a)
+    torch.testing.assert_close(clip_to_kl(problem, t, a, a_old, math.inf), a)
 
 
 @pytest.mark.parametrize("rate", [1.0, math.inf])
@@ -242,5 +242,5 @@ def test_where_it_starts_an_action_is_free(rate):
     """At a = a_old its derivative in a is the identity, and no 0/0."""
     problem = catalogue.get("mixture-2d").problem
     a = torch.ones(3, 2, requires_grad=True)
-    (slope,) = torch.autograd.grad(drawn_back(problem, torch.zeros(3), a, torch.ones(3, 2), rate).sum(), a)
+    (slope,) = torch.autograd.grad(clip_to_kl(problem, torch.zeros(3), a, torch.ones(3, 2), rate).sum(), a)
     torch.testing.assert_close(slope, torch.ones(3, 2))

@@ -356,10 +356,19 @@ def test_multistep_methods_say_so(solver, gaussian):
     assert isinstance(solver, GaussianStep) == (solver in GAUSSIAN_STEPS)
 
 
-@pytest.mark.parametrize("name", ["lq-1d", "lq-4d", "gaussian-16d", "mixture-2d"])
+class Pushed(ScoreAsAction):
+    """Score as action with a drift of its own."""
+
+    def drift(self, t, x):
+        return super().drift(t, x) + 1
+
+
+@pytest.mark.parametrize("name", ["lq-1d", "lq-4d", "gaussian-16d", "mixture-2d", "pushed"])
 def test_velocities_are_drift_and_control(name):
     """In float64 the same numbers: coefficients are planned, nothing else is."""
-    problem = catalogue.get(name).problem
+    problem = catalogue.get("mixture-2d" if name == "pushed" else name).problem
+    if name == "pushed":
+        problem = Pushed(**{f.name: getattr(problem, f.name) for f in dataclasses.fields(problem) if f.init})
     times = grids.natural(problem, 7)
     x = Noise(0).normal(torch.arange(6), problem.shape, 0)
     a = Noise(0).normal(torch.arange(6), problem.control(times[0]).adjoint(x).shape[1:], 1)

@@ -75,13 +75,36 @@ def test_a_field_of_ones_own_is_read_and_written(tmp_path):
         ({"reward_lr": -1.0}, "reward_lr must be >= 0"),
         ({"classes": 9, "algorithm": "ddpo", "solver": "ddim"}, "classes must be 10 for ddpo"),
         ({"resume": True, "overwrite": True}, "take one"),
-        ({"algorithm": "adjoint-matching", "pretrain": 1}, "which has no critic"),
+        ({"algorithm": "json:loads"}, r"algorithm: json:loads cannot be made: loads\(\) missing"),
+        ({"algorithm": "json:JSONDecoder"}, r"must be a ctrl.algorithms.Algorithm, got JSONDecoder"),
+        ({"algorithm": "no_such_module:Mine"}, "cannot be made: No module named 'no_such_module'"),
     ],
     ids=str,
 )
 def test_a_field_of_ones_own_is_checked_beside_the_others(changes, message):
     with pytest.raises(ValueError, match=message):
         Mine(**changes)
+
+
+@pytest.mark.parametrize(
+    "options, learns",
+    [
+        ({"algorithm": "adjoint-matching"}, False),
+        ({"algorithm": "forward-matching"}, False),
+        ({"algorithm": "forward-matching", "options": ("critic_updates=8",)}, True),
+        ({"algorithm": "td-form"}, True),
+        ({"algorithm": "ctrl.algorithms:PPOClip"}, True),
+    ],
+    ids=str,
+)
+def test_an_algorithm_says_whether_it_learns_values(options, learns, tmp_path):
+    """By its name and options, or as module:Class; what it says decides whether a critic can be pretrained."""
+    assert tuning.check(Mine(out=tmp_path, **options)).learns_value == learns
+    if learns:
+        tuning.check(Mine(out=tmp_path, pretrain=1, **options))
+    else:
+        with pytest.raises(ValueError, match="which has no critic"):
+            tuning.check(Mine(out=tmp_path, pretrain=1, **options))
 
 
 def test_a_file_of_another_command_is_refused(tmp_path):

@@ -14,20 +14,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, Context, Update, check_noise, check_price
-from ctrl.evaluation import determined, increments, policy_slope, targets
+from ctrl.algorithms.base import Algorithm, Context, Update, check_critic, check_noise, check_price
+from ctrl.evaluation import control_is_square, increments, policy_slope, targets
 from ctrl.fields import Amount, Count, NotNegative
 from ctrl.gaussian import Mean
 from ctrl.linop import dot
 from ctrl.nodes import Collection, Nodes
 from ctrl.problem import Problem
 from ctrl.qvalue import greedy
-from ctrl.regularize import drawn_back
+from ctrl.regularize import clip_to_kl
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
@@ -55,6 +55,7 @@ class ActorCritic(Algorithm):
     trace: NotNegative = 3.0
     critic_control: bool = False
     nats: Annotated[float, "in (0, inf]"] = 8.0
+    learns_value: ClassVar[bool] = True
 
     def learn(self, run: Context) -> Iterator[Update]:
         run.record_actions()
@@ -71,7 +72,7 @@ class ActorCritic(Algorithm):
     def targets(self, run: Context, collection: Collection) -> Tensor:
         """What the critic is to be at each node, (N+1, B)."""
         a, a_ref, a_old = (collection.fields[name] for name in ("a", "a_ref", "a_old"))
-        if self.critic_control or not determined(run.problem):
+        if self.critic_control or not control_is_square(run.problem):
             p = run.at_nodes(run.critic.grad, collection, size=run.micro_batch)
         else:
             t, _, _ = collection.trajectory.flat()
@@ -85,8 +86,7 @@ class ActorCritic(Algorithm):
         return targets(run.problem, collection.trajectory, value, steps, self.trace)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        if critic is None:
-            raise ValueError("critic must be given: ActorCritic learns V (see ctrl.NetworkCritic)")
+        check_critic(self, critic)
         check_price(problem)
         if self.actor_updates and self.nats < math.inf:
             check_noise(problem)
@@ -104,7 +104,7 @@ def improve(run: Context, updates: int, size: int, nats: float = math.inf) -> It
 
     def annotate(n: Nodes) -> dict[str, Tensor]:
         best = greedy(run.problem, n.t, n["a_ref"], run.critic.grad(n.t, n.x, n.cond))
-        return {"best": drawn_back(run.problem, n.t, best, n["a"], rate)}
+        return {"best": clip_to_kl(run.problem, n.t, best, n["a"], rate)}
 
     for nodes in run.minibatches(updates, size, annotate=annotate):
         yield Update("policy", lambda n: actor_loss(run.problem, run.policy, n), nodes, size)

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -198,6 +198,8 @@ class Algorithm(ABC):
 
     keep: int = 1
     """Epochs of trajectories that stay in store."""
+    learns_value: ClassVar[bool] = False
+    """Whether it needs a critic."""
 
     def __post_init__(self) -> None:
         """A dataclass's own numbers are checked by name."""
@@ -230,6 +232,11 @@ class Wrapper(Algorithm):
         """As the algorithm has it."""
         return self.algorithm.keep
 
+    @property
+    def learns_value(self) -> bool:  # type: ignore[override]
+        """As the algorithm has it."""
+        return self.algorithm.learns_value
+
     def kl(self, problem: Problem, trajectory: Trajectory, policy: Mean) -> Tensor:
         return self.algorithm.kl(problem, trajectory, policy)
 
@@ -237,10 +244,16 @@ class Wrapper(Algorithm):
         return self.algorithm.behaviour(policy)
 
 
+def check_critic(algorithm: Algorithm, critic: Critic | None) -> None:
+    """Raise unless there is one where it is needed."""
+    if algorithm.learns_value and critic is None:
+        raise ValueError(f"critic must be given: {type(algorithm).__name__} learns V (see ctrl.NetworkCritic)")
+
+
 def check_price(problem: Problem) -> None:
     """Raise unless actions have a price: without one no action is greedy, and V is not fixed by a KL."""
     problem.penalty(torch.zeros(1))  # eta = 0 has no path KL, and says so
-    if problem.free:
+    if problem.actions_are_free:
         raise ValueError("beta must be > 0: without a price on actions no action is greedy")
 
 

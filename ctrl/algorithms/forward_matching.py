@@ -37,7 +37,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ctrl.algorithms.base import Algorithm, Context, Update, check_price
+from ctrl.algorithms.base import Algorithm, Context, Update, check_critic, check_price
 from ctrl.fields import Amount, Count, NotNegative
 from ctrl.forward import bridge_score, log_ratio_rate, renoised_path
 from ctrl.linop import dot
@@ -70,6 +70,11 @@ class ForwardMatching(Algorithm):
     damping: NotNegative = 0.0
     hold: NotNegative = 1.0
     critic_updates: Amount = 20
+
+    @property
+    def learns_value(self) -> bool:  # type: ignore[override]
+        """With a critic as the baseline."""
+        return self.critic_updates > 0
 
     def learn(self, run: Context) -> Iterator[Update]:
         problem, last = run.problem, run.steps - 1
@@ -127,8 +132,7 @@ class ForwardMatching(Algorithm):
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         check_reversal(problem, "ForwardMatching")
-        if self.critic_updates and critic is None:
-            raise ValueError("critic must be given to ForwardMatching unless critic_updates = 0")
+        check_critic(self, critic)
 
 
 def check_reversal(problem: Problem, who: str) -> None:

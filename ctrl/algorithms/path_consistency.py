@@ -23,13 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ctrl.algorithms.actor_critic import critic_loss
-from ctrl.algorithms.base import Algorithm, Context, Update, check_noise, check_price
-from ctrl.evaluation import determined, increments, policy_slope, soft_cost, targets
+from ctrl.algorithms.base import Algorithm, Context, Update, check_critic, check_noise, check_price
+from ctrl.evaluation import control_is_square, increments, policy_slope, soft_cost, targets
 from ctrl.fields import Count
 from ctrl.gaussian import Mean
 from ctrl.grids import node_weights
@@ -53,6 +54,7 @@ class PathConsistency(Algorithm):
     updates: Count = 80
     paths: Count = 64
     keep: Count = 40
+    learns_value: ClassVar[bool] = True
 
     def learn(self, run: Context) -> Iterator[Update]:
         run.record_actions()
@@ -88,11 +90,10 @@ class PathConsistency(Algorithm):
         collection.attach("of_p", (spread * so_far[:-1]).reshape(so_far[:-1].shape + (1,) * len(problem.shape)) * noise)
 
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
-        if critic is None:
-            raise ValueError("critic must be given: PathConsistency learns V (see ctrl.NetworkCritic)")
+        check_critic(self, critic)
         check_price(problem)
         check_noise(problem)
-        if not determined(problem):
+        if not control_is_square(problem):
             raise ValueError("B must be square: else actions do not determine grad V, and no residual vanishes")
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ctrl.algorithms.actor_critic import ActorCritic, improve
 from ctrl.algorithms.base import Algorithm, Context, Update
@@ -34,6 +35,7 @@ class PolicyIteration(Algorithm):
     critic_updates: Amount = 50
     actor_updates: Amount = 100
     nodes: Count = 1024
+    learns_value: ClassVar[bool] = True
 
     @property
     def evaluation(self) -> ActorCritic:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from ctrl.gaussian import Mean
 from ctrl.nodes import Nodes
 from ctrl.problem import Problem
 from ctrl.qvalue import advantage_rate
-from ctrl.regularize import adapted, drawn_back, kl_rate
+from ctrl.regularize import adapt_weight, clip_to_kl, kl_rate
 from ctrl.solvers import Solver
 from ctrl.value import Critic
 
@@ -56,6 +56,8 @@ class PPO(Algorithm, ABC):
     evaluation: ActorCritic = field(
         default_factory=lambda: ActorCritic(critic_updates=20, actor_updates=0, nodes=1024, keep=1)
     )
+
+    learns_value: ClassVar[bool] = True
 
     @abstractmethod
     def loss(self, run: Context, nodes: Nodes) -> Tensor:
@@ -89,7 +91,9 @@ class PPOPenalty(PPO):
     penalty: Positive = 1.0
 
     def loss(self, run: Context, nodes: Nodes) -> Tensor:
-        weight = adapted(self.penalty, [epoch["step_kl"] for epoch in run.history if "step_kl" in epoch], self.nats)
+        weight = adapt_weight(
+            self.penalty, [epoch["step_kl"] for epoch in run.history if "step_kl" in epoch], self.nats
+        )
         return penalised_loss(run.problem, run.policy, weight, nodes)
 
 
@@ -110,7 +114,7 @@ def penalised_loss(problem: Problem, policy: Mean, weight: float, nodes: Nodes) 
 def clipped_loss(problem: Problem, policy: Mean, rate: float, nodes: Nodes) -> Tensor:
     """-w e^{-rho t} min(q_old(t, x, a), q_old(t, x, a^)), (n,); rate: the most nats per unit of time."""
     a, a_old = policy(nodes.t, nodes.x, nodes.cond), nodes["a_old"]
-    back = drawn_back(problem, nodes.t, a, a_old, rate)
+    back = clip_to_kl(problem, nodes.t, a, a_old, rate)
     return -torch.minimum(_surrogate(problem, nodes, a), _surrogate(problem, nodes, back))
 
 

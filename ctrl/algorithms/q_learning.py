@@ -24,14 +24,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ctrl.algorithms.actor_critic import critic_loss
-from ctrl.algorithms.base import Algorithm, Context, Update
-from ctrl.evaluation import determined, martingale, policy_slope, targets
+from ctrl.algorithms.base import Algorithm, Context, Update, check_critic
+from ctrl.evaluation import control_is_square, martingale, policy_slope, targets
 from ctrl.fields import Amount, Count, NotNegative
 from ctrl.gaussian import Gaussian, GaussianPolicy, Mean
 from ctrl.linop import LinOp
@@ -86,6 +86,7 @@ class QLearning(Algorithm):
     keep: Count = 2
     trace: NotNegative = 3.0
     critic_control: bool = True
+    learns_value: ClassVar[bool] = True
 
     def learn(self, run: Context) -> Iterator[Update]:
         run.record_actions()
@@ -141,9 +142,8 @@ class QLearning(Algorithm):
     def check(self, problem: Problem, solver: Solver, critic: Critic | None) -> None:
         if not problem.gamma > 0:
             raise ValueError(_NO_GAMMA)
-        if critic is None:
-            raise ValueError("critic must be given: QLearning learns V and q (see ctrl.NetworkCritic)")
-        if not self.critic_control and not determined(problem):
+        check_critic(self, critic)
+        if not self.critic_control and not control_is_square(problem):
             raise ValueError("critic_control must be True: B is not square, so no p has B'p = R (a - a_ref)")
 
 

@@ -41,6 +41,7 @@ class _ByValues(Algorithm):
     updates: Count = 1
     nodes: Count = 1024
     evaluation: ActorCritic = field(default_factory=lambda: ActorCritic(actor_updates=0, keep=1))
+    learns_value: ClassVar[bool] = True
     more_calls: ClassVar[int] = 0
     """Networks that `gain` asks at a node."""
 

@@ -82,7 +82,7 @@ class Epoch:
     def record_actions(self, a_ref: Tensor | None = None) -> None:
         newest = self.collections[-1]
         newest.attach("a_old", self._acted(newest))
-        if self.problem.free:
+        if self.problem.actions_are_free:
             newest.attach("a_ref", newest.fields["a_old"])
             return
         newest.attach("a_ref", self.at_nodes(self.problem.reference, newest) if a_ref is None else a_ref)
