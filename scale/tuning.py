@@ -615,7 +615,7 @@ def restore(unet: ModelMixin, folder: Path) -> None:
 def unet_weights(folder: Path) -> dict[str, Tensor]:
     """The UNet's in a checkpoint, averaged if they were."""
     average = folder / "ema.safetensors"
-    weights = load_file(average if average.exists() else folder / "model.safetensors")
+    weights = load_file(average if average.exists() else folder / "policy.safetensors")
     inner = {k.removeprefix("mean."): v for k, v in weights.items()}  # q-learning's policy has the score for its mean
     return {k.removeprefix("unet."): v for k, v in inner.items() if k.startswith("unet.")}
 

@@ -40,7 +40,7 @@ ANYTHING = st.recursive(
 )
 ALGORITHMS = [
     kind for kind in vars(ctrl.algorithms).values()
-    if inspect.isclass(kind) and dataclasses.is_dataclass(kind) and not inspect.isabstract(kind)
+    if inspect.isclass(kind) and issubclass(kind, ctrl.algorithms.Algorithm) and not inspect.isabstract(kind)
 ]  # fmt: skip
 BENCHMARKS = [
     algorithms.AlgorithmOptions, discretization_error.BiasOptions, faults.FaultOptions, report.Options,

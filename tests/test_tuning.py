@@ -315,7 +315,7 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
         folder = tmp_path / "checkpoints" / f"epoch-{epoch:06d}"
         folder.mkdir(parents=True)
         save_file(
-            {"mean.unet.w": torch.full((1,), float(epoch)), "mean.other": torch.zeros(1)}, folder / "model.safetensors"
+            {"mean.unet.w": torch.full((1,), float(epoch)), "mean.other": torch.zeros(1)}, folder / "policy.safetensors"
         )
         (folder / files.PROGRESS).write_text("{}")
         (folder / files.MANIFEST).write_text(json.dumps(files.manifest(folder)))
@@ -326,14 +326,14 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
     assert tuning.unet_weights(tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)) == {"w": torch.tensor([3.0])}
     save_file({"unet.w": torch.tensor([9.0])}, tmp_path / "checkpoints" / "epoch-000003" / "ema.safetensors")
     assert tuning.unet_weights(tmp_path / "checkpoints" / "epoch-000003") == {"w": torch.tensor([9.0])}
-    (tmp_path / "checkpoints" / "epoch-000003" / "model.safetensors").write_bytes(b"torn")
+    (tmp_path / "checkpoints" / "epoch-000003" / "policy.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="is not whole"):
         tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)
 
 
 def test_a_checkpoint_of_a_part_is_enough_if_it_is_what_is_trained(tmp_path):
     unet = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 1))
-    file, ours = tmp_path / "model.safetensors", {f"unet.{name}": v + 1 for name, v in unet[1:].state_dict().items()}
+    file, ours = tmp_path / "policy.safetensors", {f"unet.{name}": v + 1 for name, v in unet[1:].state_dict().items()}
     save_file(ours, file)
     tuning.restore(unet, tmp_path)
     assert all(torch.equal(v, ours[f"unet.{name}"]) for name, v in unet[1:].state_dict().items())
