@@ -5,6 +5,7 @@ nodes: Count = 1024                          # or Annotated[int, ">= 1"], "> 0",
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import math
 import types
@@ -28,8 +29,10 @@ def check_fields(made: Any, limits: Mapping[str, str] = MappingProxyType({})) ->
 
     limits: further ones, by name.
     """
-    for name, kind in typing.get_type_hints(type(made), include_extras=True).items():
-        annotated, value = typing.get_origin(kind) is Annotated, getattr(made, name, None)
+    kinds = typing.get_type_hints(type(made), include_extras=True)
+    for name in (field.name for field in dataclasses.fields(made)):
+        kind, value = kinds[name], getattr(made, name)
+        annotated = typing.get_origin(kind) is Annotated
         said = _fault(value, typing.get_args(kind)[0] if annotated else kind)
         if said is not None:
             raise ValueError(f"{name} must be {said}, got {value!r}")
