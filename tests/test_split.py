@@ -17,6 +17,7 @@ from ctrl import NetworkCritic
 from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, PathConsistency, PPOPenalty
 from ctrl.solvers import DDIM
 from ctrl.training import files
+from ctrl.training.interrupts import RunFailed
 from ctrl.training.split import PARTS, _count, _parts, whole
 from scale import models as pipelines
 from scale import sd15
@@ -85,6 +86,17 @@ def bytes_held(run, metrics):
 SHARES = []
 
 
+def failing_on(rank):
+    """A problem whose reward fails on the second process, in its first chunk of several."""
+
+    def reward(x, cond):
+        if rank:
+            raise ConnectionError("no answer")
+        return x.sum(1)
+
+    return dataclasses.replace(catalogue.get("mixture-2d").problem, reward=reward)
+
+
 def embedded(out, split, algorithm, **changes):
     """A short run of the command on the embedded model."""
     AcceleratorState._reset_state()
@@ -115,6 +127,9 @@ def worker(folder, algorithm, rank, world):
             with pytest.raises(ValueError, match="split") as refused:
                 run(split=True, epochs=1, **case)
             found["refused"].append(str(refused.value))
+        with pytest.raises((ConnectionError, RunFailed)) as failed:
+            run(split=True, problem=failing_on(rank))
+        found["failed"] = f"{failed.type.__name__}: {failed.value}"
         torch.save(found, f"{folder}/{rank}.pt")
 
 
@@ -175,6 +190,12 @@ def test_what_cannot_be_split_is_refused():
     for samples, paths in (found["refused"] for found in toys()[0]):
         assert "samples must be as many for each of 2 processes, which split asks for: 17" in samples
         assert "processes have unequal shares of whole trajectories" in paths
+
+
+def test_a_reward_that_fails_on_one_process_ends_all():
+    """None waits for another in a rollout that does not come."""
+    first, second = (found["failed"] for found in toys()[0])
+    assert first.startswith("RunFailed: another process failed") and second == "ConnectionError: no answer"
 
 
 def test_the_parts_of_a_network_are_small_and_few():

@@ -13,7 +13,8 @@ from ctrl.gaussian import GaussianPolicy, Mean
 from ctrl.nodes import Collection, Conditions
 from ctrl.noise import Noise
 from ctrl.problem import Problem
-from ctrl.rollout import concatenate, rollout, with_reward
+from ctrl.rollout import Trajectory, concatenate, rollout, with_reward
+from ctrl.training.processes import any_of
 from ctrl.training.settings import Settings
 
 
@@ -28,22 +29,32 @@ class Collector:
         self.calls = 0
 
     @torch.no_grad()
-    def collect(self, behaviour: Mean | GaussianPolicy, noise: Noise, ids: Tensor) -> Collection:
-        """The trajectories of these samples, `settings.batch` at a time."""
-        settings = self.settings
-        times = settings.times(self.problem, noise)
+    def collect(self, behaviour: Mean | GaussianPolicy, noise: Noise, ids: Tensor) -> Collection | None:
+        """The trajectories of these samples, `settings.batch` at a time. None, where models are split and another
+        process failed: it would not take part in the next rollout."""
         if isinstance(behaviour, GaussianPolicy):
             behaviour = replace(behaviour, mean=self._counted(behaviour.mean))
         else:
             behaviour = self._counted(behaviour)
-        paths = []
-        for part in ids.to(self.accelerator.device).split(settings.batch):
-            with self.accelerator.autocast():
-                cond = self.conditions(part)
-                path = rollout(self.problem, behaviour, times, noise, part, solver=settings.solver, cond=cond)
-                path = with_reward(path, self.problem.reward(path.x[-1], cond))
-            paths.append(replace(path, cond=None))
+        times, paths = self.settings.times(self.problem, noise), []
+        for part in ids.to(self.accelerator.device).split(self.settings.batch):
+            try:
+                paths.append(self._simulate(behaviour, times, noise, part))
+            except Exception:
+                self._failed_anywhere(True)
+                raise
+            if self._failed_anywhere(False):
+                return None
         return Collection(concatenate(paths))
+
+    def _simulate(self, behaviour: Mean | GaussianPolicy, times: Tensor, noise: Noise, ids: Tensor) -> Trajectory:
+        with self.accelerator.autocast():
+            cond = self.conditions(ids)
+            path = rollout(self.problem, behaviour, times, noise, ids, solver=self.settings.solver, cond=cond)
+            return replace(with_reward(path, self.problem.reward(path.x[-1], cond)), cond=None)
+
+    def _failed_anywhere(self, here: bool) -> bool:
+        return self.settings.split and any_of(self.accelerator, here)
 
     def _counted(self, mean: Mean) -> Mean:
         """The same, counting its calls."""
