@@ -39,4 +39,5 @@ def member(folder: str | Path, rank: int, world: int) -> Iterator[None]:
     store = torch.distributed.FileStore(f"{folder}/store", world)
     torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
     yield
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # a command that ends its training ends the group
+        torch.distributed.destroy_process_group()
