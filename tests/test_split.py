@@ -39,7 +39,9 @@ CASES = {
 """Updates of an odd number of nodes: processes have unequal shares, which take unequal numbers of micro-batches."""
 RESUMED = {**CASES["actor-critic"], "epochs": 4, "schedule": lambda progress: 1.0}
 LONG = {
-    "adjoint-matching": {"algorithm": "adjoint-matching", "options": ("nodes=32", "updates=2"), "ema": 0.9, "pictures_every": 2},
+    "adjoint-matching": {
+        "algorithm": "adjoint-matching", "options": ("nodes=32", "updates=2"), "ema": 0.9, "pictures_every": 2,
+    },
     "ddpo": {
         "algorithm": "ddpo", "solver": "ddim", "jitter": 0.0, "in_a_row": 4, "pictures_every": 0,
         "options": ("nodes=16", "group=4", "passes=1", "clip=0.2"),
@@ -212,8 +214,8 @@ def test_the_parts_of_a_network_are_small_and_few():
 @pytest.mark.long
 @pytest.mark.parametrize("algorithm", LONG)
 def test_stable_diffusion_is_split(algorithm, tmp_path):
-    """The command on two processes writes the pipeline that it writes on one; one of them draws pictures on the way, and
-    one process goes on where two stopped."""
+    """The command on two processes writes the pipeline that it writes on one. It draws pictures on the way, and one
+    process goes on where two stopped."""
     torch.set_default_dtype(torch.float32)
     with several(2, __file__, tmp_path, algorithm):
         whole_run = embedded(tmp_path / "whole", False, algorithm)
