@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ctrl.algorithms.base import Algorithm
 from ctrl.problem import Problem
@@ -142,14 +142,14 @@ def _begin(part: Path) -> None:
 def _write(run: Resumable, part: Path) -> None:
     """Every process's files."""
     rank = run.replay.rank
-    save_file(_unshared(run.replay.state_dict(run.algorithm.keep - 1)), part / f"replay-{rank}.safetensors")
+    save_file(files.unshared(run.replay.state_dict(run.algorithm.keep - 1)), part / f"replay-{rank}.safetensors")
     torch.save(RandomState().state_dict(), part / f"random-{rank}.pt")
     for name, held in _parts(run).items():
         state = held.state_dict()  # of models that are split every process gives its share
         if not run.accelerator.is_main_process:
             continue
         if isinstance(held, Weights):
-            save_file(_unshared(state), part / f"{name}.safetensors")
+            save_file(files.unshared(state), part / f"{name}.safetensors")
         else:
             torch.save(state, part / f"{name}.pt")
     if not run.accelerator.is_main_process:
@@ -169,19 +169,6 @@ def _seal(run: Resumable, part: Path, final: Path) -> None:
     files.seal(part, final)
     beta = getattr(run.problem, "beta", 0.0)
     files.prune(s.out, run.epoch, s.keep_checkpoints, run.metrics.history, beta)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same, in one block each, and a copy of each that shares memory with one before: the file format has no two
-    names for one."""
-    seen: set[int] = set()
-    found = {}
-    for name, v in tensors.items():
-        block = v.contiguous()
-        at = block.untyped_storage().data_ptr()
-        found[name] = block.clone() if at in seen else block
-        seen.add(at)
-    return found
 
 
 def load_newest(run: Resumable) -> bool:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +140,16 @@ def digest(tensors: dict[str, Tensor]) -> str:
         found.update(name.encode())
         found.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:16]
+
+
+def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same, in one block each, and a copy of each that shares memory with one before: the file format has no two
+    names for one."""
+    seen: set[int] = set()
+    found = {}
+    for name, v in tensors.items():
+        block = v.contiguous()
+        at = block.untyped_storage().data_ptr()
+        found[name] = block.clone() if at in seen else block
+        seen.add(at)
+    return found
