@@ -8,8 +8,8 @@ grids      times and quadrature weights                   solvers   one step eac
 rollout    simulate -> Trajectory                         regularize  path KL, chain KL
 value      critics                                        qvalue    advantage rate, greedy policy, residuals
 gradient   policy gradients from trajectories             evaluation  targets for critics
-nodes      what learners see of trajectories       algorithms  one short file each
-bridge     to torchsde and back                    estimate  standard errors, z-scores, orders
+nodes      what learners see of trajectories         algorithms  one short file each
+bridge     to torchsde and back                      estimate  standard errors, z-scores, orders
 forward    the likelihood ratio of an end, eta = 1   decided   how much of a reward is decided by when
 fit        the way in to `training`: how a run is made
 """
