@@ -194,7 +194,7 @@ def _check_action(problem: Problem, t: Tensor, x: Tensor, a: Tensor) -> None:
 
 
 class NotFinite(ValueError):
-    """A run has left the numbers: a state, a reward, a loss or a gradient is infinite or not a number. `tensors` are
+    """A state, a reward, a loss or a gradient is infinite or not a number. `tensors` are
     what to look at."""
 
     def __init__(self, message: str, **tensors: Tensor) -> None:

@@ -28,7 +28,7 @@ from torch.utils.flop_counter import flop_registry
 from ctrl.fit import Run, fit
 from ctrl.training import checkpoint
 from ctrl.training.replay import ON_DEVICE, epoch_bytes
-from ctrl.training.split import PARTS
+from ctrl.training.split import whole_at_once
 from ctrl.value import StructuredCritic
 from scale.diffusion import Score, WithoutAdapters, images_at_a_time, pictures_of
 from scale.models import Outline
@@ -113,7 +113,7 @@ def _epochs(task: Task, epochs: int, reward: Judged, accelerator: Accelerator) -
     for part in (*unets, reward):
         part.seen.clear()
     made = dataclasses.replace(
-        task.fit, epochs=min(epochs, task.algorithm.keep + 1), out=None, max_hours=None, progress=False,
+        task.fit, epochs=min(epochs, task.algorithm.keep + 1), out=None, max_hours=None, progress=False, split=False,
         lr=0.0, critic_lr=0.0, reward_lr=0.0, batch=AT_A_TIME, micro_batch=AT_A_TIME,
     )  # fmt: skip
     fit(
@@ -282,7 +282,8 @@ def memory(
         "untuned weights": 0 if shared or s.offload_reference else unet, "average": 4 * averaged if s.ema else 0,
     }  # fmt: skip
     if s.split:
-        held = {name: v // processes for name, v in held.items()} | {"parts that are whole": 2 * unet // PARTS}
+        at_once = 4 * whole_at_once(task.policy)
+        held = {name: v // processes for name, v in held.items()} | {"weights whole at once": at_once}
     return {
         **held, **others, "trajectories": epoch * max(1, min(task.algorithm.keep, ON_DEVICE // epoch)),
         "activations": max(working.values()),

@@ -244,7 +244,7 @@ class Tuning:
     max_hours: float | None = None
     """End before an epoch that would go over this, as if by SIGTERM: the epoch is kept, `--resume` goes on."""
     patience: int = 3
-    """How many times in a row a rollout, or an update, may be no number before the run ends."""
+    """How many rollouts, or updates, in a row may be not finite before the run ends."""
     mismatch: float = 1e-3
     """How far apart, in nats on a path, the policy may be in rollouts and in updates, over what rounding explains."""
     max_kl: float | None = None
@@ -337,13 +337,9 @@ class Tuning:
             "compile and offload_reference exclude one another: the weights of what is compiled stay where they are": (
                 self.compile and self.offload_reference
             ),
-            "split excludes offload_reference, compile and eight_bit: their weights are whole": self.split
-            and (self.offload_reference or self.compile or self.eight_bit),
-            "split needs samples to be a multiple of the processes": bool(self.split and self.samples % processes()),
-            "split excludes path-consistency: processes have unequal shares of whole trajectories": (
-                self.split and self.algorithm == "path-consistency"
+            "split does not support offload_reference, compile or eight_bit, which need whole weights": (
+                self.split and (self.offload_reference or self.compile or self.eight_bit)
             ),
-            "split excludes precision fp16: take bf16 or no": self.split and self.precision == "fp16",
             "eval_steps must be >= 1": any(steps < 1 for steps in self.eval_steps),
             "kl and max_kl must be left out with eta = 0, or a sampler of diffusers that draws no noise: without noise "
             "there is no path KL": (self.kl is not None or self.max_kl is not None) and noiseless,

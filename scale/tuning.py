@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ctrl import Mean, Noise, Solver
-from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget
+from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget, PathConsistency
 from ctrl.decided import complete, decided_share
 from ctrl.fields import check_fields
 from ctrl.fit import Callback, Conditions, Guards, Run, fit
@@ -48,14 +48,14 @@ from ctrl.training import files
 from ctrl.training.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.training.interrupts import RunFailed
 from ctrl.training.processes import check_processes
-from ctrl.training.split import whole
+from ctrl.training.split import check_split, splits, whole
 from ctrl.value import Critic
 from scale import report
 from scale.diffusion import Score, problem
 from scale.evaluate import calls_of_nats, nats
 from scale.rewards import Patient, Reward, built_in, full_name, has_gradient, reward_of
 from scale.samplers import BlackBox, sampler
-from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning, algorithm_named
+from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning, algorithm_named, processes
 
 S = TypeVar("S", bound=Tuning)
 P = TypeVar("P", bound=DiffusionPipeline)
@@ -252,10 +252,14 @@ def check(s: Tuning) -> Algorithm:
         )
     if s.precision == "fp16" and is_cpu():
         raise ValueError(NO_FP16)
+    if s.split:
+        check_split(s.samples, processes(), s.precision)
     optimizer_of(s)  # it may lack its package
     if s.log_with == "wandb" and find_spec("wandb") is None:
         raise ValueError("log_with wandb needs wandb: pip install wandb")
     algorithm = algorithm_of(dataclasses.replace(s, kl=None), True)
+    if s.split and isinstance(algorithm, PathConsistency):
+        raise ValueError("split does not support path-consistency: processes have unequal shares of whole trajectories")
     if s.pretrain and not algorithm.learns_value:
         raise ValueError(f"pretrain must be 0 for {s.algorithm}, which has no critic")
     return algorithm
@@ -351,7 +355,7 @@ def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback)
 
 def whole_again(s: S, task: T, accelerator: Accelerator, make: Callable[[S], T]) -> T:
     """The task made anew with what was learned, if models were split: what follows calls them on one process alone."""
-    if not s.split or accelerator.num_processes == 1:
+    if not splits(s.split, accelerator):
         return task
     learned = whole(task.learner.state_dict())
     made = make(dataclasses.replace(s, split=False, resume=True, overwrite=False))
@@ -428,7 +432,8 @@ class Still(nn.Module):
 
 
 class Watch:
-    """After every epoch: metrics to the trackers, and now and then a grid of pictures; one at once, of a new run.
+    """After every epoch: metrics to the trackers, and now and then a grid of pictures; one at once, of a new run whose
+    models are whole.
 
     Args:
         draw: pictures in [0, 1], (SHOWN, 3, H, W), from the same noise every time; of STEPS steps.

@@ -9,16 +9,27 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import UNet2DConditionModel
 from test_fit import fresh_engine, same_history, stop, train  # noqa: F401
 from torch import nn
 
 from ctrl import NetworkCritic
-from ctrl.algorithms import DDPO, ActorCritic, AdjointMatching, ForwardMatching, PathConsistency, PPOPenalty
+from ctrl.algorithms import (
+    DDPO,
+    ActorCritic,
+    AdjointMatching,
+    ForwardMatching,
+    GaussianNetwork,
+    PathConsistency,
+    PPOPenalty,
+    QLearning,
+)  # fmt: skip
 from ctrl.solvers import DDIM
 from ctrl.training import files
 from ctrl.training.interrupts import RunFailed
-from ctrl.training.split import PARTS, _count, _parts, whole
+from ctrl.training.split import PARTS, is_split, parts_of, whole, whole_at_once
 from scale import models as pipelines
 from scale import sd15
 from scale.settings import EMBEDDED
@@ -88,6 +99,30 @@ def bytes_held(run, metrics):
 SHARES = []
 
 
+def exploring():
+    """A policy with weights of its own beside the network, and a problem for it."""
+    policy, critic = models()
+    problem = dataclasses.replace(catalogue.get("mixture-2d").problem, gamma=0.1)
+    return {"built": (GaussianNetwork(problem, policy), critic), "problem": problem, "algorithm": QLearning(1, 1, 64)}
+
+
+REFUSED = {
+    lambda: {"samples": 17}: "samples must be a multiple of the 2 processes if models are split, got 17",
+    lambda: {"algorithm": PathConsistency(updates=2, paths=8)}: "processes have unequal ones of whole trajectories",
+    lambda: {"algorithm": DDPO(nodes=1), "solver": DDIM()}: "nodes: an update must have at least one for each of the 2",
+    exploring: r"policy has weights beside its network (log_width), which cannot be split",
+}
+
+
+def half(split):
+    """Metrics of an epoch in bf16, gradient descent at a small rate."""
+    AcceleratorState._reset_state()
+    torch.set_default_dtype(torch.float32)
+    built, accelerator = models(), Accelerator(mixed_precision="bf16", cpu=True)
+    case = {**CASES["ppo"], "optimizer": torch.optim.SGD, "lr": 1e-3, "critic_lr": 1e-3, "epochs": 1}
+    return run(split=split, built=built, accelerator=accelerator, **case)["history"][0]
+
+
 def failing_on(rank):
     """A problem whose reward fails on the second process, in its first chunk of several."""
 
@@ -125,10 +160,11 @@ def worker(folder, algorithm, rank, world):
             run(split=True, callbacks=[stop(3)], out=f"{folder}/run", checkpoint_every=2, **RESUMED)
         found["resumed"] = run(split=True, out=f"{folder}/run", resume=True, **RESUMED)
         found["refused"] = []
-        for case in ({"samples": 17}, {"algorithm": PathConsistency(updates=2, paths=8)}):
-            with pytest.raises(ValueError, match="split") as refused:
-                run(split=True, epochs=1, **case)
+        for case in REFUSED:
+            with pytest.raises(ValueError) as refused:  # noqa: PT011
+                run(split=True, epochs=1, **case())
             found["refused"].append(str(refused.value))
+        found["bf16"] = [half(split) for split in (True, False)]
         with pytest.raises((ConnectionError, RunFailed)) as failed:
             run(split=True, problem=failing_on(rank))
         found["failed"] = f"{failed.type.__name__}: {failed.value}"
@@ -189,9 +225,19 @@ def test_one_process_goes_on_where_two_stopped_and_has_models_whole(tmp_path):
 
 
 def test_what_cannot_be_split_is_refused():
-    for samples, paths in (found["refused"] for found in toys()[0]):
-        assert "samples must be as many for each of 2 processes, which split asks for: 17" in samples
-        assert "processes have unequal shares of whole trajectories" in paths
+    for found in toys()[0]:
+        for said, expected in zip(found["refused"], REFUSED.values(), strict=True):
+            assert expected in said
+
+
+def test_bf16_on_shares_is_bf16_on_whole_models():
+    """Networks see the same numbers in the same shapes. Sums of gradients have another order, in float32; a weight that
+    differs in its last bit may turn the rounding of a number to bf16, by 2^-8 of it."""
+    for found in toys()[0]:
+        split, whole_models = found["bf16"]
+        assert split.keys() == whole_models.keys() and {"kl", "step_kl", "policy_loss"} < split.keys()
+        for name, v in whole_models.items():
+            assert split[name] == pytest.approx(v, rel=2**-8, abs=1e-9), name
 
 
 def test_a_reward_that_fails_on_one_process_ends_all():
@@ -200,15 +246,27 @@ def test_a_reward_that_fails_on_one_process_ends_all():
     assert first.startswith("RunFailed: another process failed") and second == "ConnectionError: no answer"
 
 
-def test_the_parts_of_a_network_are_small_and_few():
-    """No module is in two of them; together they have most of the weights, and none many."""
-    unet = pipelines.load(str(EMBEDDED.with_suffix(""))).unet
-    total = _count(unet)
-    parts = list(_parts(unet, total // PARTS))
-    assert sum(map(_count, parts)) == sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
-    assert (
-        sum(map(_count, parts)) > 0.7 * total and max(map(_count, parts)) <= total // PARTS and len(parts) < 4 * PARTS
-    )
+def sizes(modules):
+    return [sum(p.numel() for p in module.parameters()) for module in modules]
+
+
+@pytest.mark.parametrize("blocks", [(32, 64), (32, 64, 64)])
+def test_the_parts_of_a_network_are_small_and_few(blocks):
+    """None shares weights with another; none has more than a 16th of all, unless it is a single layer; each is worth
+    its message. What is in none of them, and two of them, are whole at once."""
+    unet = UNet2DConditionModel(
+        block_out_channels=blocks, down_block_types=("CrossAttnDownBlock2D",) * len(blocks),
+        up_block_types=("CrossAttnUpBlock2D",) * len(blocks), cross_attention_dim=16, attention_head_dim=8,
+        layers_per_block=1,
+    )  # fmt: skip
+    (total,), parts = sizes([unet]), parts_of(unet)
+    held = {id(p): p.numel() for part in parts for p in part.parameters()}
+    assert sum(sizes(parts)) == sum(held.values())
+    for part, size in zip(parts, sizes(parts), strict=True):
+        assert total // PARTS // 4 < size and (size <= total // PARTS or not any(sizes(part.children())))
+    rest = sum(p.numel() for p in unet.parameters() if id(p) not in held)
+    assert whole_at_once(unet) == rest + sum(sorted(sizes(parts))[-2:]) < total
+    assert not is_split(unet)
 
 
 @pytest.mark.long

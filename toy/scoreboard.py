@@ -202,7 +202,7 @@ def first_gradient(run: Run) -> Tensor:
     """The algorithm's estimate of grad J from an epoch's trajectories, from all of their nodes; nothing learns."""
     epoch = run.begin_epoch()
     if epoch is None:
-        raise ValueError("a rollout left the numbers, so there is no gradient")
+        raise ValueError("a rollout was not finite, so there is no gradient")
     updates = run.algorithm.learn(cast(Context, AllNodes(epoch)))
     update = next((update for update in updates if update.name == "policy"), None)
     if update is None:

@@ -102,7 +102,7 @@ def mixture() -> Subject:
 
 
 def embedded(name: str, module: Any, folder: Path, bar: float, **changes: Any) -> Subject:
-    """One of `scale`'s commands on its embedded model, by its default settings but for the number of pictures."""
+    """One of `scale`'s commands on its embedded model, with its default settings except for the number of images."""
     given = {"out": folder, "log_with": "none", "epochs": 10**6, **changes}
     return fine_tuning(name, module, replace(module.Settings.read(module.Settings.embedded), **given), bar)
 

@@ -70,7 +70,7 @@ class Context(Protocol):
 
     @property
     def critic(self) -> Critic:
-        """The critic; an algorithm that needs one says so in its `check`."""
+        """The critic. An algorithm that needs one sets `learns_value`."""
 
     @property
     def conditions(self) -> Conditions: ...
@@ -167,12 +167,9 @@ class Context(Protocol):
     def gather(self, v: Any) -> list[Any]:
         """What each process has."""
 
-    def mean_over_samples(self, v: Tensor) -> Tensor:
-        """The mean of v, (..., B), over an epoch's samples, (...)."""
-
     def mean_over_others(self, v: Tensor, group: int) -> Tensor:
-        """For each sample the mean of v, (..., B), over the others of its group: `group` samples with ids in a row, on
-        whatever processes they are."""
+        """For each sample, the mean of v, (..., B), over the other samples of its group: `group` samples with
+        consecutive ids, on any process."""
 
     # metrics
 

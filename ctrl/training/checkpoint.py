@@ -171,8 +171,8 @@ def _seal(run: Resumable, part: Path, final: Path) -> None:
     files.prune(s.out, run.epoch, s.keep_checkpoints, run.metrics.history, beta)
 
 
-def load_newest(run: Resumable) -> bool:
-    """Bring a run back to its newest checkpoint; a run without one starts from the beginning. Whether there was one."""
+def load_newest(run: Resumable) -> None:
+    """Bring a run back to its newest checkpoint; a run without one starts from the beginning."""
     assert run.settings.out is not None
     found: list[Path | Exception | None] = [None]
     if run.accelerator.is_main_process:
@@ -186,7 +186,6 @@ def load_newest(run: Resumable) -> bool:
     if folder is not None:
         _load(run, folder)
     _truncate(run)
-    return folder is not None
 
 
 def _load(run: Resumable, folder: Path) -> None:

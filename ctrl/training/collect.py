@@ -16,6 +16,7 @@ from ctrl.problem import Problem
 from ctrl.rollout import Trajectory, concatenate, rollout, with_reward
 from ctrl.training.processes import any_of
 from ctrl.training.settings import Settings
+from ctrl.training.split import splits
 
 
 class Collector:
@@ -54,7 +55,7 @@ class Collector:
             return replace(with_reward(path, self.problem.reward(path.x[-1], cond)), cond=None)
 
     def _failed_anywhere(self, here: bool) -> bool:
-        return self.settings.split and any_of(self.accelerator, here)
+        return splits(self.settings.split, self.accelerator) and any_of(self.accelerator, here)
 
     def _counted(self, mean: Mean) -> Mean:
         """The same, counting its calls."""

@@ -18,7 +18,7 @@ from ctrl.training.metrics import Metrics
 from ctrl.training.precision import precision_of
 from ctrl.training.processes import sum_in_place
 from ctrl.training.settings import Settings
-from ctrl.training.split import in_step, split, whole
+from ctrl.training.split import in_step, split, splits, whole
 
 
 def learns(model: Any) -> bool:
@@ -70,19 +70,20 @@ class Engine:
                 f"policy has nothing to train: it must be a torch.nn.Module with parameters that require a gradient, "
                 f"got {type(policy).__name__}"
             )
-        self.split = settings.split and accelerator.num_processes > 1
-        frozen = (
-            [] if self.split else [p for p in policy.parameters() if not p.requires_grad]
-        )  # the average shares them
-        self.ema = None
-        if settings.ema:
-            self.ema = copy.deepcopy(policy, {id(p): p for p in frozen}).requires_grad_(False)
-        if self.split and self.ema is not None:
-            split(self.ema, "the averaged policy", accelerator)
+        self.split = splits(settings.split, accelerator)
+        self.ema = self._average_of(policy) if settings.ema else None
         self.learners = {"policy": self._learner("policy", policy, settings.lr)}
         for name, model, lr in (("critic", critic, settings.critic_lr), ("reward", reward, settings.reward_lr)):
             if learns(model):
                 self.learners[name] = self._learner(name, model, lr)
+
+    def _average_of(self, policy: nn.Module) -> nn.Module:
+        """A copy, which shares the frozen weights unless it is split."""
+        frozen = {} if self.split else {id(p): p for p in policy.parameters() if not p.requires_grad}
+        average = copy.deepcopy(policy, frozen).requires_grad_(False)
+        if self.split:
+            split(average, "the averaged policy", self.accelerator)
+        return average
 
     def _learner(self, name: str, model: nn.Module, lr: float) -> Learner:
         if self.split:
@@ -185,8 +186,8 @@ class Engine:
         return scaler.get_scale() >= 1
 
     def locate_nonfinite(self, update: Update) -> NotFinite:
-        """Where an update left the numbers: the first node whose loss did, or else the parameter whose gradient did;
-        with the nodes, to be looked at."""
+        """What is not finite in an update: the first node with such a loss, or else the first parameter with such a
+        gradient. The nodes are attached."""
         name, nodes, losses = update.name, update.nodes, torch.zeros(0)
         size = self.settings.micro_batch
         with torch.no_grad(), self.accelerator.autocast():

@@ -58,7 +58,7 @@ class Epoch:
         self.engine, self.metrics, self.replay, self.accelerator = engine, metrics, replay, engine.accelerator
         self.solver, self.samples, self.steps = settings.solver, settings.samples, settings.steps
         self.micro_batch, self.history = settings.micro_batch, metrics.history
-        self.count, self.log, self.mean_over_samples = metrics.count, metrics.log, metrics.mean
+        self.count, self.log = metrics.count, metrics.log
         self.autocast, self.total = self.accelerator.autocast, self.accelerator.reduce
         self.shuffle = torch.Generator().manual_seed(noise.word(GRID, 1))
 
@@ -175,7 +175,9 @@ class Epoch:
 
     def path_minibatches(self, updates: int, size: int) -> Iterator[Collection]:
         if self.engine.split:
-            raise ValueError("split: processes have unequal shares of whole trajectories; take another algorithm")
+            raise ValueError(
+                "algorithm: split models need equal shares, and processes have unequal ones of whole trajectories"
+            )
         return map(self.here, self.replay.path_minibatches(updates, size, self.shuffle))
 
     def here(self, collection: Collection) -> Collection:

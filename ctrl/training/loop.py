@@ -7,8 +7,8 @@ current policy, ask the reward, put them in store, make the updates that the alg
 drawn is drawn by (seed, epoch, sample), and a step sums over micro-batches and processes; so the run does not depend on
 them, or on having been interrupted.
 
-With a folder to write to, SIGTERM and SIGINT let the epoch end, keep it and exit (`ctrl.training.interrupts`); what
-leaves the numbers is left out, and kept for inspection; a reward that fails loses nothing that was learned.
+With a folder to write to, SIGTERM and SIGINT let the epoch end, keep it and exit (`ctrl.training.interrupts`). What is
+not finite is skipped, and a copy kept. A reward that fails loses nothing that was learned.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from ctrl.training.metrics import Metrics
 from ctrl.training.processes import any_of, check_processes, check_same
 from ctrl.training.replay import Replay
 from ctrl.training.settings import Settings
-from ctrl.training.split import split, whole
+from ctrl.training.split import check_split, split, splits, whole
 from ctrl.training.state import Weights, frozen_digest, identity
 from ctrl.value import Critic
 
@@ -39,7 +39,7 @@ class Run:
     Attributes:
         epoch: how many are done.
         kept: of which epoch there is a checkpoint.
-        strikes: how many times in a row each model's updates, or rollouts, have left the numbers.
+        strikes: how many updates of each model, or rollouts, in a row were not finite.
     """
 
     def __init__(
@@ -54,7 +54,13 @@ class Run:
     ) -> None:
         check_processes(accelerator)
         check_device(accelerator)
-        self._check_shares(settings, accelerator)
+        if settings.samples < accelerator.num_processes:
+            raise ValueError(
+                f"samples must be at least one for each of the {accelerator.num_processes} processes, "
+                f"got {settings.samples}"
+            )
+        if settings.split:
+            check_split(settings.samples, accelerator.num_processes, accelerator.mixed_precision)
         self.problem, self.algorithm, self.settings, self.accelerator = problem, algorithm, settings, accelerator
         self.policy, self.critic, self.conditions = policy, critic, conditions or (lambda ids: None)
         self._place()
@@ -68,23 +74,13 @@ class Run:
         self.epoch = self.kept = 0
         self.strikes: dict[str, int] = {}
 
-    @staticmethod
-    def _check_shares(settings: Settings, accelerator: Accelerator) -> None:
-        samples, world = settings.samples, accelerator.num_processes
-        if samples < world:
-            raise ValueError(f"samples must be at least one for each of the {world} processes, got {samples}")
-        if settings.split and samples % world:
-            raise ValueError(f"samples must be as many for each of {world} processes, which split asks for: {samples}")
-        if settings.split and accelerator.scaler is not None:
-            raise ValueError("split takes precision bf16 or no: float16's scaled gradients are of whole models")
-
     def _place(self) -> None:
         """Models to the device; those that are split go there later, a part at a time."""
         problem, accelerator = self.problem, self.accelerator
         held = dict(inspect.getmembers_static(problem))
         held |= {"problem": problem, "policy": self.policy, "critic": self.critic}
         modules = {name: v for name, v in held.items() if isinstance(v, nn.Module)}
-        if self.settings.split and accelerator.num_processes > 1:
+        if splits(self.settings.split, accelerator):
             weights = {f"weights of {name}": files.digest(whole(m.state_dict())) for name, m in modules.items()}
             check_same(accelerator, lambda: weights | self.fixed)  # which later are each process's own
             modules = {name: m for name, m in modules.items() if name != "reference" and not learns(m)}
@@ -146,7 +142,7 @@ class Run:
         if any_of(self.accelerator, off_policy is not None):
             raise ValueError(off_policy or "the policy that is trained is not the one that acted on another process")
         if "critic" in self.engine.learners and self.critic is not None:  # r and r + c must train alike (`ctrl.value`)
-            self.critic.set_level(epoch.mean_over_samples(collection.rewards))
+            self.critic.set_level(self.metrics.mean(collection.rewards))
         self.replay.add(collection, self.algorithm.keep)
         return epoch
 
@@ -164,7 +160,7 @@ class Run:
         return isinstance(self.algorithm.behaviour(self.policy), GaussianPolicy)
 
     def _collected(self) -> Collection | None:
-        """This process's share of an epoch's trajectories; nothing, if some of any process left the numbers. Any other
+        """This process's share of an epoch's trajectories, or None if those of any process are not finite. Any other
         failure ends the run: nothing has moved since the last epoch, which is kept."""
         collection, failure, ids = None, None, self.replay.ids(self.epoch)
         try:
@@ -203,8 +199,8 @@ class Run:
             self.critic.asked = 0  # type: ignore[union-attr]
 
     def _settle(self, name: str, failure: NotFinite | None) -> None:
-        """What left the numbers, here or on another process, is kept for inspection and left out, with a warning;
-        `patience` times in a row, and the run ends."""
+        """Count a failure: keep a copy of what was not finite, here or on another process, and warn that it is skipped.
+        After `patience` in a row, end the run."""
         if failure is None:
             self.strikes[name] = 0
             return

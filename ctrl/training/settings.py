@@ -56,7 +56,7 @@ class Settings:
         checkpoint_every: epochs between checkpoints; the last epoch always makes one.
         keep_checkpoints: how many of the last are kept; the best one is besides.
         max_hours: end before an epoch that would go over this; the run can be resumed.
-        patience: how many times in a row a rollout, or an update of a model, may leave the numbers.
+        patience: how many rollouts, or updates of a model, in a row may be not finite before the run ends.
         mismatch: how far apart, in nats on a path, the policy may be in rollouts and in updates, over what rounding
             explains (`ctrl.training.guards.check_on_policy`).
         progress: show a bar.

@@ -17,7 +17,20 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 PARTS = 16
-"""A part that is whole at a time has at most this share of a network's weights, if its modules are as small."""
+"""One over the largest share of a network's weights in a part, where its modules are as small as that."""
+
+
+def check_split(samples: int, processes: int, precision: str) -> None:
+    """Raise unless models can be split so."""
+    if samples % processes:
+        raise ValueError(f"samples must be a multiple of the {processes} processes if models are split, got {samples}")
+    if precision == "fp16":
+        raise ValueError("split supports precision bf16 and no: the gradient scaler of fp16 needs whole models")
+
+
+def splits(asked: bool, accelerator: Accelerator) -> bool:
+    """Whether models are split: one process has them whole in any case."""
+    return asked and accelerator.num_processes > 1
 
 
 def is_split(model: nn.Module) -> bool:
@@ -32,8 +45,8 @@ def split(model: nn.Module, name: str, accelerator: Accelerator) -> None:
         return
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     network = _network(model)
-    for part in (*_parts(network, _count(network) // PARTS), network):
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that parameters are shares whenever it is asked
+    for part in (*parts_of(network), network):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)  # so that parameters are shares between calls
     if own := [n for n, p in model.named_parameters() if p.requires_grad and not isinstance(p, DTensor)]:
         raise ValueError(f"split: {name} has weights beside its network ({own[0]}), which cannot be split with it")
     model.to(accelerator.device)
@@ -50,9 +63,21 @@ def _network(model: nn.Module) -> nn.Module:
     return _network(child) if child is not None and _count(child) > 0.9 * _count(model) else model
 
 
+def parts_of(network: nn.Module) -> list[nn.Module]:
+    """The modules that are whole only while they compute. The rest of the network is whole while all of it does."""
+    return list(_parts(network, _count(network) // PARTS))
+
+
+def whole_at_once(model: nn.Module) -> int:
+    """The most weights that a process has whole: those in no part, and two parts, as the next one is on its way."""
+    network = _network(model)
+    sizes = sorted(map(_count, parts_of(network)))
+    return _count(network) - sum(sizes) + sum(sizes[-2:])
+
+
 def _parts(module: nn.Module, most: int) -> Iterator[nn.Module]:
-    """The largest modules in it of at most so many weights, but for those with less than a quarter, which stay with
-    what is around them: each part is a message to all processes."""
+    """The largest modules of at most `most` weights. Those with less than a quarter of that are left to what is around
+    them, since each part is a message to all processes."""
     for child in module.children():
         holds = any(_count(inner) for inner in child.children())
         if isinstance(child, nn.ModuleList | nn.ModuleDict) or (holds and _count(child) > most):
@@ -76,15 +101,17 @@ def shared_like(v: Tensor, model: Any) -> Tensor:
 
 
 def in_step(n: int, size: int, accelerator: Accelerator, split: bool) -> Iterator[tuple[slice, bool]]:
-    """Of n things `size` at a time, and whether these count. If models are split, the first are taken once more until
-    all processes have taken as often."""
+    """Slices of n items, at most `size` long, each with whether it counts. If models are split, the first slice is
+    repeated, without counting, until all processes have had equally many."""
     pieces = -(-n // size)
     most = pieces
     if split:
         counts = accelerator.gather(torch.tensor([pieces], device=accelerator.device))
         most = int(counts.max())
         if not int(counts.min()) and most:
-            raise ValueError(f"split: an update of so few nodes leaves some of {len(counts)} processes none: take more")
+            raise ValueError(
+                f"nodes: an update must have at least one for each of the {len(counts)} processes if models are split"
+            )
     for i in range(most):
         place = i if i < pieces else 0
         yield slice(place * size, (place + 1) * size), i < pieces

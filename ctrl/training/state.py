@@ -64,10 +64,15 @@ class OptimizerState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         held = {
-            i: {name: shared_like(v, parameters[i]) if name != "step" else v for name, v in moments.items()}
+            i: {name: shared_like(v, parameters[i]) if _fits(v, parameters[i]) else v for name, v in moments.items()}
             for i, moments in state["state"].items()
         }
         self.optimizer.load_state_dict({**state, "state": held})
+
+
+def _fits(v: Any, parameter: Tensor) -> bool:
+    """Whether it has a number for each of the parameter's, as moments do."""
+    return torch.is_tensor(v) and v.shape == parameter.shape
 
 
 class RandomState:
