@@ -188,6 +188,13 @@ def test_few_paths_are_drawn_by_seed_and_epoch_and_spread_over_processes():
     assert len({tuple(few_of(64, Noise(0, epoch)).tolist()) for epoch in range(9)}) == 9
 
 
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_a_multiple_of_the_processes_is_spread_evenly(world):
+    """As models that are split ask for: each process then evaluates as many paths."""
+    few = few_of(5 * world, Noise(0, 1), 2 * world)
+    assert (few % world).bincount().tolist() == [2] * world and len(set(few.tolist())) == 2 * world
+
+
 def test_full_precision_has_neither_autocast_nor_tf32_and_leaves_both_as_they_were():
     """The older and the newer of PyTorch's switches agree meanwhile: reading the one raises where they do not."""
     matmul, cudnn, x = torch.backends.cuda.matmul, torch.backends.cudnn, torch.ones(2, 2)
