@@ -268,7 +268,7 @@ def memory(
     models = learning(task)
     weights = sum(p.numel() for model in models.values() for p in model.parameters())
     trained = sum(p.numel() for model in models.values() for p in model.parameters() if p.requires_grad)
-    averaged = sum(p.numel() for p in task.learner.parameters() if p.requires_grad)
+    averaged = sum(p.numel() for p in task.learner.parameters() if p.requires_grad or s.split)  # whose copy is whole
     unet = 4 * sum(p.numel() for p in task.policy.parameters())
     shared = isinstance(cast(Score, task.problem.reference).unet, WithoutAdapters)
     epoch = epoch_bytes(-(-s.samples // processes), s.steps, task.problem.shape)
@@ -281,7 +281,7 @@ def memory(
         "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
         "untuned weights": 0 if shared or s.offload_reference else unet, "average": 4 * averaged if s.ema else 0,
     }  # fmt: skip
-    if s.split:
+    if s.split and processes > 1:
         at_once = 4 * whole_at_once(task.policy)
         held = {name: v // processes for name, v in held.items()} | {"weights whole at once": at_once}
     return {

@@ -5,6 +5,7 @@ import inspect
 import re
 from collections import Counter
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from ctrl.training import checkpoint, files
 from ctrl.training.device import make_accelerator
 from ctrl.training.replay import epoch_bytes
+from ctrl.training.split import whole_at_once
 from scale import cifar10, models, pixels, sd15, settings, tuning
 from scale.make_tiny_sd import untrained
 from scale.prompts import read
@@ -167,6 +169,22 @@ def account(s, outline, parts, gradient, accelerator):
     epoch = epoch_bytes(s.samples, s.steps, task.problem.shape)
     disk = checkpoint.size(learning(task), bool(s.ema), epoch, task.algorithm.keep)
     return memory(s, task, measured(s, task, outline.vae, counts), {}, 1), disk
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_what_is_split_takes_a_share_of_the_memory(model, tmp_path, processes):
+    """Of weights, gradients, moments, reference and average; and what a process has whole at once comes on top."""
+    changes = {"algorithm": "adjoint-matching", "options": ("nodes=32", "updates=2"), "ema": 0.5, "samples": 6}
+    whole, split = (short(model, tmp_path, split=split, **changes) for split in (False, True))
+    outline = models.outline(whole.model)
+    task = sd15.parts(whole, True, outline, unmade)
+    one, shared = (memory(s, task, {"forward": SimpleNamespace(peak=0)}, {}, processes) for s in (whole, split))
+    for name in ("weights", "gradients", "optimiser", "untuned weights", "average"):
+        assert shared[name] == one[name] // processes > 0
+    assert shared["weights whole at once"] == 4 * whole_at_once(task.policy) < one["weights"]
+    assert memory(split, task, {"forward": SimpleNamespace(peak=0)}, {}, 1) == one | {
+        "trajectories": processes * one["trajectories"]
+    }
 
 
 def test_a_meter_counts_what_is_alive_and_products():
