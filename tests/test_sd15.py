@@ -293,7 +293,7 @@ UNTRIED = {
     "quick": "a trial has a folder of its own",
     "compile": "on a CPU the compilation of two UNets did not end within 20 minutes",
     "dry_run": "nothing is trained", "out": "every case resumes in another folder", "overwrite": "resume excludes it",
-    "resume": "every case sets it",
+    "resume": "every case sets it", "split": "several processes are needed: tests/test_split.py",
 }  # fmt: skip
 ROUNDED = {"batch", "channels_last", "micro_batch"}
 """Those that change the order of sums."""
@@ -315,6 +315,10 @@ def stopped(model, tmp_path_factory):
         whole = train(s)
     shutil.rmtree(s.out / "checkpoints" / "epoch-000002")
     return s, whole
+
+
+def test_every_free_setting_is_changed_or_says_why_not():
+    assert {*CHANGES, *UNTRIED} == set(Settings.free)
 
 
 @pytest.mark.long
