@@ -47,7 +47,7 @@ from scale import data, pixels, report, requirements, tuning
 from scale.diffusion import Decoded, Score, StandIn, Value
 from scale.models import readable
 from scale.pixels import Evaluation
-from scale.pretrain import Pretrain, pretrain
+from scale.recipes.pretrain import Pretrain, pretrain
 from scale.rewards import Reward, terms, unmade
 from scale.settings import ASSETS, FREE, LIMITS, Tuning, algorithm_named
 

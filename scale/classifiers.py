@@ -3,9 +3,9 @@
     frechet(Moments.of(features(images)), Moments.embedded())
 
 They differ in layers, in where they halve the picture and in the order of what they saw: what fools one need not fool
-the other. `scale/make_classifiers.py` trains them. Sets of pictures are compared by the Frechet distance between
-Gaussians fitted to the judge's last features, before its linear layer. It is no FID, which takes an Inception network's
-features: `scale.pixels.fid` computes that where its weights can be had.
+the other. `scale/recipes/make_classifiers.py` trains them. Sets of pictures are compared by the Frechet distance
+between Gaussians fitted to the judge's last features, before its linear layer. It is no FID, which takes an Inception
+network's features: `scale.pixels.fid` computes that where its weights can be had.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from scale import cifar10, pixels
 from scale.cifar10 import Evaluate, Sample, Settings, energy_of, evaluate_run, export, main, sample, train
 from scale.diffusion import Score, pictures_of
 from scale.evaluate import SEED
-from scale.pretrain import Pretrain, batch_of, factor, loss_of, pretrain
+from scale.recipes.pretrain import Pretrain, batch_of, factor, loss_of, pretrain
 from scale.settings import Settings as StableDiffusion
 from scale.tuning import Export
 from toy import catalogue
@@ -326,7 +326,7 @@ def test_a_model_is_pretrained_and_gone_on_with(pictures, tmp_path):
     whole = pretrain(small(pictures, tmp_path / "whole"))
     s = small(pictures, tmp_path / "parts")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scale.pretrain.batch_of", lambda p, s, step: batch_of(p, s, step) if step < 4 else 1 / 0)
+        patch.setattr("scale.recipes.pretrain.batch_of", lambda p, s, step: batch_of(p, s, step) if step < 4 else 1 / 0)
         with pytest.raises(ZeroDivisionError):
             pretrain(s)
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -12,8 +12,8 @@ from ctrl import Noise
 from ctrl.noise import INITIAL
 from ctrl.training.device import make_accelerator
 from scale.evaluate import SEED, batches, diversity, draw, evaluate, shared
-from scale.make_tiny_sd import unet, untrained
 from scale.prompts import Prompt
+from scale.recipes.make_tiny_sd import unet, untrained
 from tests.processes import member, several
 
 ROOT = Path(__file__).parents[1]

@@ -28,8 +28,8 @@ from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
 from ctrl.training.interrupts import RunFailed
 from scale import cifar10, rewards, sd15, settings, tuning
-from scale.pretrain import Pretrain
 from scale.prompts import Prompt
+from scale.recipes.pretrain import Pretrain
 
 ANYTHING = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3),

@@ -10,8 +10,8 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from transformers import CLIPConfig, CLIPImageProcessorPil
 
-from scale.make_tiny_sd import WORDS, unet, untrained
 from scale.models import companions, load, outline
+from scale.recipes.make_tiny_sd import WORDS, unet, untrained
 
 
 @pytest.fixture(scope="module")

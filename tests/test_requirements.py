@@ -17,8 +17,8 @@ from ctrl.training.device import make_accelerator
 from ctrl.training.replay import epoch_bytes
 from ctrl.training.split import whole_at_once
 from scale import cifar10, models, pixels, sd15, settings, tuning
-from scale.make_tiny_sd import untrained
 from scale.prompts import read
+from scale.recipes.make_tiny_sd import untrained
 from scale.requirements import Meter, learning, measured, memory, rehearsed
 from scale.rewards import reward_of, unmade
 from scale.settings import ALGORITHMS, Settings

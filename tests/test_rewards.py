@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from scale import shapes
-from scale.make_tiny_sd import tokenizer
 from scale.prompts import Prompt
+from scale.recipes.make_tiny_sd import tokenizer
 from scale.rewards import ClipScore, Elsewhere, ask, kilobytes, reward_of
 
 PROMPTS = ["a red circle on a white ground", "a blue square on a black ground", "a yellow cross on a grey ground"]

@@ -30,10 +30,11 @@ from ctrl.algorithms import KLBudget
 from ctrl.fit import fit
 from ctrl.training.device import is_cpu
 from ctrl.training.lock import FILE
-from scale import make_tiny_sd, models, sd15, tuning
+from scale import models, sd15, tuning
 from scale.evaluate import draw
-from scale.make_tiny_sd import Recipe, untrained
 from scale.prompts import Prompt, read
+from scale.recipes import make_tiny_sd
+from scale.recipes.make_tiny_sd import Recipe, untrained
 from scale.rewards import reward_of
 from scale.sd15 import Evaluate, Export, Sample, evaluate_run, export, main, sample, settings_of, train
 from scale.settings import ASSETS, EMBEDDED, Settings

@@ -1,6 +1,6 @@
 """Train the two classifiers of `scale.classifiers`, and fit a Gaussian to the judge's features of the pictures.
 
-python scale/make_classifiers.py --data data --out scale/assets
+python scale/recipes/make_classifiers.py --data data --out scale/assets
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it stands beside the package, not in it
 
 from scale import data
 from scale.classifiers import ASSETS, LAYERS, Classifier, Moments

@@ -1,6 +1,6 @@
 """Train the embedded Stable Diffusion: SD v1.5's classes and file formats, small enough to ship and to run on a CPU.
 
-    python scale/make_tiny_sd.py --out scale/assets/tiny-sd
+    python scale/recipes/make_tiny_sd.py --out scale/assets/tiny-sd
 
 1. A tokenizer whose merges make one token of each word in a caption; other words are spelled.
 2. An AutoencoderKL, 32 x 32 x 3 to 8 x 8 x 4 latents, on pictures of `scale.shapes`.
@@ -37,7 +37,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
+sys.path.insert(0, str(Path(__file__).parents[2]))  # as a script it stands beside the package, not in it
 
 from scale import shapes
 from scale.models import load, readable

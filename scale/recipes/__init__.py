@@ -1,0 +1,1 @@
+"""How the models of `scale/assets`, and of your own pictures, are made."""
