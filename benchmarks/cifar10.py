@@ -144,7 +144,7 @@ def run(job: Job, store: Path) -> None:
         drawn[TRAINED] = sampled(task, s, job.judged)
         leave({"by": {by: judged(images) for by, images in drawn.items()}}, store, job.key)
         return
-    tuning.begin(s, task, accelerator, NAME)
+    tuning.begin(s, task, accelerator)
     try:
         history = tuning.learn(s, task, accelerator, seen)
     except NotFinite as failure:

@@ -38,9 +38,10 @@ from benchmarks.speed.subjects import Subject, embedded, mixture
 from benchmarks.speed.timing import Comparison, Passes, interleaved
 from ctrl import DDIM, EulerMaruyama, Noise, ScoreAsAction, grids, rollout
 from ctrl.bridge import TorchSDE
-from scale import cifar10, models, sd15
-from scale.diffusion import Prompts, Score, timesteps
+from scale import cifar10, finetune, models
+from scale.diffusion import Prompts, Score
 from scale.diffusion import problem as diffusion_problem
+from scale.families import family_of
 from scale.samplers import sampler
 from toy import catalogue
 
@@ -87,7 +88,7 @@ def subjects(folder: Path, quick: bool) -> list[Subject]:
     return [
         mixture(),
         embedded("cifar10", cifar10, folder, 1.10, **cifar),
-        embedded("sd15", sd15, folder, 1.05, **sd),
+        embedded("sd15", finetune, folder, 1.05, **sd),
     ]
 
 
@@ -160,12 +161,13 @@ def beside_torchsde(samples: int) -> Comparison:
 
 def beside_pipeline(samples: int, guidance: float, steps: int = 20) -> Comparison:
     """The embedded pipeline's own call by DDIM with eta = 1, to latents; it keeps the last ones only."""
-    pipeline = models.load(str(sd15.Settings.embedded.with_suffix("")))
+    pipeline = models.load(str(finetune.Settings.embedded.with_suffix("")))
     pipeline.set_progress_bar_config(disable=True)
     policy = Score.of(pipeline, guidance)
     task = diffusion_problem(policy, lambda x, cond: x.sum((1, 2, 3)), beta=1.0)
     pipeline.scheduler = sampler("ddim", pipeline).scheduler
-    ids, noise, times = torch.arange(samples), Noise(0), timesteps(task, steps)
+    times = family_of(pipeline).timesteps(pipeline.scheduler, task, steps)
+    ids, noise = torch.arange(samples), Noise(0)
     cond = Prompts.encode(pipeline, ["a red circle on a white ground"])(ids)
     generator = torch.Generator().manual_seed(0)
 

@@ -35,16 +35,13 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script it stands beside the package, not in it
 
-from ctrl import NetworkCritic, Noise, StructuredCritic
+from ctrl import Noise
 from ctrl.algorithms import InverseRL
 from ctrl.fields import one_of
 from ctrl.noise import INITIAL, PATH
-from ctrl.problem import ScoreAsAction
 from ctrl.training.device import make_accelerator
-from ctrl.training.lock import locked
-from ctrl.value import Critic
 from scale import data, pixels, report, requirements, tuning
-from scale.diffusion import Decoded, Score, StandIn, Value
+from scale.diffusion import Decoded, Score, StandIn
 from scale.models import readable
 from scale.pixels import Evaluation
 from scale.recipes.pretrain import Pretrain, pretrain
@@ -61,6 +58,7 @@ class Settings(Tuning):
 
     limits: ClassVar[dict[str, str]] = {**LIMITS, "energy_updates": ">= 1", "energy_squares": ">= 0"}
     free: ClassVar[frozenset[str]] = FREE | {"download", "fid_weights"}
+    events: ClassVar[str] = "cifar10"
     embedded: ClassVar[Path] = ASSETS / "tiny-cifar10.yaml"
 
     model: str = "google/ddpm-cifar10-32"
@@ -154,9 +152,8 @@ class Settings(Tuning):
 
 @dataclass(frozen=True, kw_only=True)
 class Task(tuning.Task):
-    """What `ctrl.fit` is handed, and the pipeline whose UNet it trains."""
+    """What `ctrl.fit` is handed, and what the evaluation is."""
 
-    pipeline: DDPMPipeline
     reward: Reward
     """Of pictures, for the evaluation."""
     pictures: data.Pictures | None
@@ -216,16 +213,6 @@ class LearnedReward:
         return self.energy(2 * images.to(device) - 1).to(images.device)
 
 
-def critic_of(s: Settings, task: ScoreAsAction, differentiable: bool) -> Critic:
-    """V from states and times; with a black box the structured one learns what to put in its skip."""
-    channels, size, _ = task.shape
-    network = Value(channels, size, width=s.critic_width)
-    if s.critic == "network":
-        return NetworkCritic(task, network)
-    stand_in = None if differentiable else StandIn(channels, size, width=s.critic_width)
-    return StructuredCritic(task, network, reward=stand_in)
-
-
 def inner(s: Settings) -> Settings:
     """Beside a reward that is learned an algorithm keeps one epoch, unless it is told otherwise."""
     keeps = any(f.name == "keep" for f in dataclasses.fields(algorithm_named(s.algorithm)))
@@ -269,7 +256,7 @@ def parts(
         )
     return tuning.Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm,
-        critic=critic_of(s, task, differentiable) if algorithm.learns_value else None, conditions=None, fit=made,
+        critic=tuning.critic_of(s, task, differentiable) if algorithm.learns_value else None, conditions=None, fit=made,
     )  # fmt: skip
 
 
@@ -307,7 +294,7 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
     if learned:
         assert pictures is not None
         algorithm = InverseRL(algorithm, drawn_data(s, policy, pictures), s.energy_squares, s.energy_updates)
-    critic = critic_of(s, task, differentiable) if algorithm.learns_value else None
+    critic = tuning.critic_of(s, task, differentiable) if algorithm.learns_value else None
     return Task(
         problem=task, policy=policy, learner=tuning.learner_of(s, task, policy), algorithm=algorithm, critic=critic,
         conditions=None, fit=made, pipeline=pipeline,
@@ -320,22 +307,13 @@ def assemble(s: Settings, given: Reward | None, accelerator: Accelerator) -> Tas
 
 def train(settings: Settings, reward: Reward | None = None) -> tuning.Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, recorded by its name."""
-    s = tuning.named(settings, reward).resolved()
-    accelerator = tuning.accelerator_of(s)
-    with locked(s.out, accelerator):
-        task = assemble(s, reward, accelerator)
-        tuning.begin(s, task, accelerator, "cifar10")
 
-        def shown() -> Tensor:
-            return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
+    def show(s: Settings, task: Task) -> Tensor:
+        return pixels.draw(task.pipeline, range(tuning.Watch.SHOWN), s.eval_sampler, s.steps, s.batch)
 
-        history = tuning.learn(s, task, accelerator, tuning.Watch(s, accelerator, shown))
-        task = tuning.whole_again(s, task, accelerator, lambda s: assemble(s, reward, accelerator))
-        tuning.match_kl(s, task, accelerator, pixels.KL_STEPS)
-        found = finish(s, task, history, accelerator)
-        accelerator.wait_for_everyone()
-        accelerator.end_training()
-    return tuning.Outcome(task.pipeline, found, history, s.out)
+    return tuning.train(
+        settings, reward, assemble=assemble, finish=finish, kl_steps=lambda s: pixels.KL_STEPS, show=show
+    )
 
 
 def measure_decided(settings: Settings, reward: Reward | None = None) -> Path:

@@ -29,14 +29,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL
 from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ctrl.linop import broadcast
-from ctrl.noising import VPTable
 from ctrl.problem import IsotropicNormal, ProbabilityFlow, Reward, ScoreAsAction
+from scale.families import Encoded, Family, family_of, network_of
+from scale.families.base import vae_factor
 from scale.prompts import Prompt
 from scale.rewards import Reward as PictureReward
 from scale.rewards import ask
@@ -46,7 +47,7 @@ DECODED = 512 * 512
 """Pixels of the images that a VAE decodes at a time: one of Stable Diffusion's, whose graph takes 5.5 GiB."""
 
 ENCODED = 512
-"""Prompts that the text encoder takes at a time."""
+"""Prompts that a text encoder takes at a time."""
 ON_DEVICE = 2**28
 """Bytes of embeddings that may stay on an accelerator, 1,100 prompts of Stable Diffusion v1.5; more are in host memory,
 and their rows travel when they are used."""
@@ -54,59 +55,59 @@ and their rows travel when they are used."""
 
 @dataclass(frozen=True)
 class Prompts:
-    """P prompts and what the text encoder makes of them, once. As `conditions` it gives sample i the prompt
+    """P prompts and what the text encoders make of them, once. As `conditions` it gives sample i the prompt
     i // in_a_row mod P.
 
     Attributes:
         prompts: P of them, with what a reward may want to know beside the text.
-        embeds: one state per token, (P, L, E).
-        pooled: one vector per prompt, (P, E'), for critics, of mean 0 and variance 1 over the prompts: text encoders
-            give all prompts nearly the same, and a critic must tell them apart.
-        empty: the embedding of the empty prompt, for guidance, (1, L, E).
+        encoded: of each; `pooled` has mean 0 and variance 1 over the prompts: text encoders give all prompts nearly the
+            same, and a critic must tell them apart.
+        empty: of the empty prompt, or the negative one, for guidance, one row.
         in_a_row: samples of one prompt before the next one comes.
     """
 
     prompts: Sequence[Prompt]
-    embeds: Tensor
-    pooled: Tensor
-    empty: Tensor
+    encoded: Encoded
+    empty: Encoded
     in_a_row: int = 1
 
     @staticmethod
     @torch.no_grad()
-    def encode(pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt | str], in_a_row: int = 1) -> Prompts:
-        """Run the text encoder, which is not needed afterwards."""
+    def encode(pipeline: Any, prompts: Sequence[Prompt | str], in_a_row: int = 1) -> Prompts:
+        """Run the text encoders, which are not needed afterwards."""
         known = tuple(Prompt(p) if isinstance(p, str) else p for p in prompts)
-        tokens = pipeline.tokenizer(
-            ["", *(p.text for p in known)],
-            padding="max_length",
-            max_length=pipeline.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        longest = pipeline.tokenizer.model_max_length
-        for p in known:
-            if len(pipeline.tokenizer(p.text).input_ids) > longest:
-                warnings.warn(f"a prompt is cut to {longest} tokens: {p.text[:60]!r} ...", stacklevel=2)
-        encoder = pipeline.text_encoder
-        size = tokens.numel() * encoder.config.hidden_size * encoder.dtype.itemsize
+        warn_of_cut(pipeline.tokenizer, known)
+        family = family_of(pipeline)
+        texts = [family.negative_prompt, *(p.text for p in known)]
+        widths, encoder = family.widths(pipeline), pipeline.text_encoder
+        size = len(texts) * widths.tokens * widths.embeds * encoder.dtype.itemsize
         home, parts = encoder.device if size <= ON_DEVICE else torch.device("cpu"), []
-        for part in tokens.split(ENCODED):
-            states = encoder(part.to(encoder.device))
-            parts.append((states.last_hidden_state.to(home), states.pooler_output))
-        embeds, pooled = (torch.cat(pieces) for pieces in zip(*parts, strict=True))
-        empty, pooled = embeds[:1].to(encoder.device), pooled[1:]
-        pooled = (pooled - pooled.mean(0)) / pooled.std(0, correction=0).clamp(min=1e-6)
-        return Prompts(known, embeds[1:], pooled, empty, in_a_row)
+        for k in range(0, len(texts), ENCODED):
+            part = family.encode(pipeline, texts[k : k + ENCODED])
+            parts.append((part.embeds.to(home), part.vectors, part.pooled))
+        every = Encoded(*(torch.cat(pieces) for pieces in zip(*parts, strict=True)))
+        empty, found = every[:1], every[1:]
+        pooled = (found.pooled - found.pooled.mean(0)) / found.pooled.std(0, correction=0).clamp(min=1e-6)
+        given = Encoded(found.embeds, found.vectors, pooled)
+        at_hand = Encoded(empty.embeds.to(encoder.device), empty.vectors, empty.pooled)
+        return Prompts(known, given, family.empty(pipeline, at_hand), in_a_row)
 
     @property
     def width(self) -> int:
-        """E', of the pooled vectors."""
-        return self.pooled.shape[1]
+        """Of the pooled vectors."""
+        return self.encoded.pooled.shape[1]
 
     def __call__(self, ids: Tensor) -> Cond:
         """The conditions of samples ids, (n,)."""
         return Cond(self, ids // self.in_a_row % len(self.prompts))
+
+
+def warn_of_cut(tokenizer: Any, prompts: Sequence[Prompt]) -> None:
+    """Of prompts that are longer than the first text encoder takes."""
+    longest = tokenizer.model_max_length
+    for p in prompts:
+        if len(tokenizer(p.text).input_ids) > longest:
+            warnings.warn(f"a prompt is cut to {longest} tokens: {p.text[:60]!r} ...", stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -131,66 +132,82 @@ class Cond:
     @property
     def embeds(self) -> Tensor:
         """(n, L, E)."""
-        return self._rows(self.table.embeds)
+        return self._rows(self.table.encoded.embeds)
+
+    @property
+    def vectors(self) -> Tensor:
+        """(n, V)."""
+        return self._rows(self.table.encoded.vectors)
 
     @property
     def pooled(self) -> Tensor:
-        """(n, E')."""
-        return self._rows(self.table.pooled)
+        """(n, P)."""
+        return self._rows(self.table.encoded.pooled)
 
     @property
-    def empty(self) -> Tensor:
-        """(n, L, E), the same row n times."""
-        return self.table.empty.to(self.index.device).expand(len(self), -1, -1)
+    def empty(self) -> tuple[Tensor, Tensor]:
+        """Embeds and vectors of the empty prompt, n times."""
+        rows = (self.table.empty.embeds, self.table.empty.vectors)
+        return tuple(row.to(self.index.device).expand(len(self), *row.shape[1:]) for row in rows)
 
     def _rows(self, table: Tensor) -> Tensor:
         return table[self.index.to(table.device)].to(self.index.device)
 
 
+PREDICTIONS = {
+    "epsilon": lambda out, x, alpha, sigma: out,
+    "v_prediction": lambda out, x, alpha, sigma: alpha * out + sigma * x,
+    "flow": lambda out, x, alpha, sigma: x + alpha * out,
+}
+"""eps from what a network predicts: eps itself; alpha eps - sigma x0 (Salimans & Ho 2022); or, where alpha = 1 - s and
+sigma = s, the velocity eps - x0."""
+
+
 class Score(nn.Module):
-    """mean(t, x, cond) -> score, (B, C, H, W): a UNet, with classifier-free guidance where there are prompts.
+    """mean(t, x, cond) -> score, (B, C, H, W): a network, with classifier-free guidance where there are prompts.
 
     Args:
-        unet: predicts eps or v; it computes in its own precision, the score comes out in that of x.
-        noising: the scheduler's.
-        prediction: "epsilon" or "v_prediction", as in the scheduler's config.
+        network: predicts as its family says; it computes in its own precision, the score comes out in that of x.
+        scheduler: of the pipeline, with the process that the network was trained on.
+        family: which says how the network is asked.
+        sides: height and width of the states.
         guidance: w in out = out(empty) + w (out(prompt) - out(empty)); at 1 the empty prompt is not evaluated.
-        clip: x0hat is kept in [-clip, clip], as `clip_sample` has it; infinite for latents.
     """
 
     def __init__(
-        self, unet: UNet2DConditionModel | UNet2DModel, noising: VPTable, prediction: str = "epsilon",
-        guidance: float = 1.0, clip: float = math.inf,
-    ) -> None:  # fmt: skip
+        self, network: Any, scheduler: Any, family: Family, sides: tuple[int, int], guidance: float = 1.0
+    ) -> None:
         super().__init__()
-        if prediction not in ("epsilon", "v_prediction"):
-            raise ValueError(f"prediction must be 'epsilon' or 'v_prediction', got {prediction!r}")
-        self.unet, self.noising, self.prediction, self.guidance, self.clip = unet, noising, prediction, guidance, clip
+        self.network, self.scheduler, self.family, self.sides = network, scheduler, family, sides
+        self.guidance = guidance
+        self.noising, self.s_min = family.noising(scheduler), family.s_min(scheduler)
+        self.prediction = PREDICTIONS[family.prediction(scheduler)]
+        config = scheduler.config
+        self.clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else math.inf
 
     @staticmethod
-    def of(pipeline: StableDiffusionPipeline | DDPMPipeline, guidance: float = 1.0) -> Score:
-        """The pipeline's own UNet, not a copy, under the pipeline's schedule."""
-        scheduler, config = pipeline.scheduler, pipeline.scheduler.config
-        noising = VPTable(scheduler.betas.double().tolist())
-        clip = config.get("clip_sample_range", 1.0) if config.get("clip_sample") else math.inf
-        return Score(pipeline.unet, noising, config.prediction_type, guidance, clip)
+    def of(pipeline: Any, guidance: float = 1.0) -> Score:
+        """The pipeline's own network, not a copy, under the pipeline's schedule."""
+        family = family_of(pipeline)
+        return Score(network_of(pipeline), pipeline.scheduler, family, family.sides(pipeline), guidance)
 
     def frozen(self) -> Score:
-        """The reference, which is not trained: a copy, or of a UNet with adapters the same one without them."""
-        if getattr(self.unet, "peft_config", None):
-            return Score(WithoutAdapters(self.unet), self.noising, self.prediction, self.guidance, self.clip)
+        """The reference, which is not trained: a copy, or of a network with adapters the same one without them."""
+        if getattr(self.network, "peft_config", None):
+            plain = WithoutAdapters(self.network)
+            return Score(plain, self.scheduler, self.family, self.sides, self.guidance)
         return copy.deepcopy(self).requires_grad_(False)
 
     @torch.no_grad()
     def stretch(self, reference: Score, ratio: float) -> None:
         """Go on with the weights, w_ref + ratio (w - w_ref), in place; the reference's may be offloaded. Adapters
         begin with a product B A of zero, and their B is what goes on."""
-        if isinstance(reference.unet, WithoutAdapters):
-            for name, p in self.unet.named_parameters():
+        if isinstance(reference.network, WithoutAdapters):
+            for name, p in self.network.named_parameters():
                 if "lora_B" in name:
                     p.mul_(ratio)
             return
-        for module, before in zip(self.unet.modules(), reference.unet.modules(), strict=True):
+        for module, before in zip(self.network.modules(), reference.network.modules(), strict=True):
             with align_module_device(before):
                 for p, p_ref in zip(module.parameters(False), before.parameters(False), strict=True):
                     p.copy_(torch.lerp(p_ref.to(p), p, ratio))
@@ -202,63 +219,63 @@ class Score(nn.Module):
 
     @property
     def calls(self) -> int:
-        """Of the UNet for a state that has a prompt."""
+        """Of the network for a state that has a prompt."""
         return 1 if self.guidance == 1 else 2
-
-    @property
-    def s_min(self) -> float:
-        """1/K."""
-        return 1 / len(self.noising.betas)
 
     def forward(self, t: Tensor, x: Tensor, cond: Cond | None = None) -> Tensor:
         """t: (B,) on the reverse clock; x: (B, C, H, W)."""
         s = (self.noising.s_max - t).clamp(self.s_min, self.noising.s_max)
         out = self.predict(s, x, cond)
         alpha, sigma = (broadcast(c(s).to(x.dtype), x) for c in (self.noising.alpha, self.noising.sigma))
-        eps = out if self.prediction == "epsilon" else alpha * out + sigma * x
+        eps = self.prediction(out, x, alpha, sigma)
         if self.clip < math.inf:
             x0hat = ((x - sigma * eps) / alpha).clamp(-self.clip, self.clip)
             eps = (x - alpha * x0hat) / sigma
         return -eps / sigma
 
     def predict(self, s: Tensor, x: Tensor, cond: Cond | None) -> Tensor:
-        """What the UNet predicts at forward times s, (B,), guided."""
-        k = s * len(self.noising.betas) - 1
+        """What the network predicts at forward times s, (B,), guided."""
+        k = self.family.time(s, self.scheduler)
+        dtype = next(self.network.parameters()).dtype  # diffusers' own `dtype` walks through all of them
         if cond is None:
-            return self._unet(k, x)
-        text = cond.embeds
-        if self.guidance == 1:
-            return self._unet(k, x, text)
-        out = self._unet(torch.cat([k, k]), torch.cat([x, x]), torch.cat([cond.empty, text]))
-        empty, prompted = out.chunk(2)
-        return empty + self.guidance * (prompted - empty)
+            return self.network(x.to(dtype), k, return_dict=False)[0].to(x.dtype)
 
-    def _unet(self, k: Tensor, x: Tensor, text: Tensor | None = None) -> Tensor:
-        dtype = next(self.unet.parameters()).dtype  # diffusers' own `dtype` walks through all of them
-        given = {} if text is None else {"encoder_hidden_states": text.to(dtype)}
-        return self.unet(x.to(dtype), k, return_dict=False, **given)[0].to(x.dtype)
+        def out(k: Tensor, x: Tensor, *given: Tensor) -> Tensor:
+            return self.family.predict(self.network, x.to(dtype), k, *(v.to(dtype) for v in given)).to(x.dtype)
+
+        given = cond.embeds, cond.vectors
+        if self.guidance == 1:
+            return out(k, x, *given)
+        both = [torch.cat(rows) for rows in zip(cond.empty, given, strict=True)]
+        empty, prompted = out(torch.cat([k, k]), torch.cat([x, x]), *both).chunk(2)
+        return empty + self.guidance * (prompted - empty)
 
 
 class WithoutAdapters(nn.Module):
-    """A UNet as it was before adapters were added. If it checkpoints activations, it then does so by `checkpointed`."""
+    """A network as it was before adapters were added. If it checkpoints activations, it then does so by
+    `checkpointed`."""
 
-    def __init__(self, unet: UNet2DConditionModel) -> None:
+    def __init__(self, network: Any) -> None:
         super().__init__()
-        self.unet, self.config = unet, unet.config
-        if unet.is_gradient_checkpointing:
-            unet.enable_gradient_checkpointing(checkpointed)
+        self.network = network
+        if network.is_gradient_checkpointing:
+            network.enable_gradient_checkpointing(checkpointed)
 
-    @property
-    def device(self) -> torch.device:
+    def __getattr__(self, name: str) -> Any:
         """As a pipeline asks its parts."""
-        return self.unet.device
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "network":
+                raise
+            return getattr(self.network, name)
 
     def forward(self, *args: Any, **options: Any) -> Any:
-        self.unet.disable_adapters()
+        self.network.disable_adapters()
         try:
-            return self.unet(*args, **options)
+            return self.network(*args, **options)
         finally:
-            self.unet.enable_adapters()
+            self.network.enable_adapters()
 
 
 def checkpointed(module: nn.Module, *args: Any) -> Any:
@@ -281,34 +298,18 @@ def _disabled(layers: Sequence[Any]) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def sides_of(unet: UNet2DConditionModel | UNet2DModel) -> tuple[int, int]:
-    """Height and width of its latents."""
-    size = unet.config.sample_size
-    return (size, size) if isinstance(size, int) else tuple(size)
-
-
 def problem(reference: Score, reward: Reward, *, beta: float, eta: float = 1.0, gamma: float = 0.0) -> ScoreAsAction:
-    """Sampling from the reference as a control problem, from pure noise to timestep 0; at eta = 0, the probability
-    flow."""
-    shape = (reference.unet.config.in_channels, *sides_of(reference.unet))
+    """Sampling from the reference as a control problem, from pure noise to the least that it was trained on; at eta = 0
+    the probability flow. Data of variance 1 have the initial law's."""
+    noising, shape = reference.noising, (reference.network.config.in_channels, *reference.sides)
+    end = torch.tensor(noising.s_max, dtype=torch.float64)
+    std = round(math.hypot(noising.alpha(end), noising.sigma(end)), 12)
     kind = ScoreAsAction if eta else ProbabilityFlow
     return kind(
-        noising=reference.noising, reference=reference, reward=reward, initial=IsotropicNormal(shape), shape=shape,
-        beta=beta, eta=eta, gamma=gamma, s_min=reference.s_min, s_max=reference.noising.s_max,
+        noising=noising, reference=reference, reward=reward, initial=IsotropicNormal(shape, std), shape=shape,
+        beta=beta, eta=eta, gamma=gamma, s_min=reference.s_min, s_max=noising.s_max,
         error_gain=reference.error_gain,
     )  # fmt: skip
-
-
-def timesteps(task: ScoreAsAction, steps: int) -> Tensor:
-    """The grid of whole timesteps at which diffusers' samplers ask (`trailing`), and the end, (N+1,)."""
-    K = round(1 / task.s_min)
-    s = (K - torch.arange(steps, dtype=torch.float64) * K / steps).round() / K
-    if float(s[-1]) <= task.s_min or float(s[0]) > task.s_max:
-        raise ValueError(
-            f"steps on the grid of whole timesteps must begin where there is a signal left, and end above timestep 0, "
-            f"where the process ends; {steps} of {K} do not: take fewer, or another grid"
-        )
-    return torch.cat([task.s_max - s, torch.tensor([task.horizon], dtype=torch.float64)])
 
 
 class Decoded:
@@ -358,15 +359,17 @@ def pictures_of(vae: AutoencoderKL | None, x: Tensor) -> Tensor:
     if vae is None:
         return (x / 2 + 0.5).clamp(0, 1)
     with torch.autocast(x.device.type, enabled=False):
-        latents = (x / vae.config.scaling_factor).to(vae.dtype)
+        latents = x / vae.config.scaling_factor
+        if shift := vae.config.get("shift_factor"):
+            latents = latents + shift
+        latents = latents.to(vae.dtype)
         parts = [vae.decode(part, return_dict=False)[0] for part in latents.split(images_at_a_time(vae, x))]
         return (torch.cat(parts).to(x.dtype) / 2 + 0.5).clamp(0, 1)
 
 
 def images_at_a_time(vae: AutoencoderKL, x: Tensor) -> int:
     """How many latents, (n, C, H, W), are decoded at a time."""
-    side = 2 ** (len(vae.config.block_out_channels) - 1)
-    return max(1, DECODED // (side**2 * x.shape[-2] * x.shape[-1]))
+    return max(1, DECODED // (vae_factor(vae) ** 2 * x.shape[-2] * x.shape[-1]))
 
 
 class Tower(nn.Module):

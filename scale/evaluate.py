@@ -25,7 +25,6 @@ from typing import Any, TypeVar
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,7 +32,8 @@ from ctrl import Estimate, Heun, Noise, grids, path_kl, rollout
 from ctrl.fit import Conditions
 from ctrl.noise import INITIAL
 from ctrl.problem import ScoreAsAction
-from scale.diffusion import Decoded, Prompts, Score, pictures_of, problem, sides_of
+from scale.diffusion import Decoded, Prompts, Score, pictures_of, problem
+from scale.families import family_of, network_of
 from scale.prompts import Prompt
 from scale.rewards import Reward, ask
 from scale.samplers import sampler
@@ -102,10 +102,11 @@ def diversity(latents: Tensor, prompts: Sequence[Prompt]) -> float | None:
 
 @torch.no_grad()
 def draw(
-    pipeline: StableDiffusionPipeline, prompts: Sequence[Prompt], ids: Sequence[int], name: str, steps: int,
-    guidance: float, batch: int = 16, seed: int = SEED,
+    pipeline: Any, prompts: Sequence[Prompt], ids: Sequence[int], name: str, steps: int, guidance: float,
+    batch: int = 16, seed: int = SEED,
 ) -> Pictures:  # fmt: skip
-    """Sample i has prompt i mod P and the noise of its id, by the pipeline's own call with a sampler of `SAMPLERS`."""
+    """Sample i has prompt i mod P and the noise of its id, by the pipeline's own call with a sampler of its
+    family."""
     drawn = copy.copy(pipeline)  # the pipeline keeps its scheduler
     box = sampler(name, pipeline)
     if box.noisy:
@@ -114,15 +115,16 @@ def draw(
         )
     drawn.scheduler = box.scheduler
     drawn.set_progress_bar_config(disable=True)
-    device, unet = pipeline._execution_device, pipeline.unet
-    dtype = next(unet.parameters()).dtype
+    device, network = pipeline._execution_device, network_of(pipeline)
+    dtype, family = next(network.parameters()).dtype, family_of(pipeline)
+    shape = (network.config.in_channels, *family.sides(pipeline))
     noise, latents, images, chosen = Noise(seed), [], [], [prompts[i % len(prompts)] for i in ids]
     for k in range(0, len(ids), batch):
-        start = noise.normal(torch.tensor(ids[k : k + batch]), (unet.config.in_channels, *sides_of(unet)), INITIAL)
+        start = noise.normal(torch.tensor(ids[k : k + batch]), shape, INITIAL)
         text = [p.text for p in chosen[k : k + batch]]
         end = drawn(
             text, num_inference_steps=steps, guidance_scale=guidance, latents=start.to(device, dtype),
-            output_type="latent",
+            output_type="latent", **family.call_of(len(text)),
         ).images  # fmt: skip
         latents.append(end)
         images += [pictures_of(pipeline.vae, part).float().cpu() for part in end.split(DECODED)]
@@ -200,10 +202,10 @@ class Evaluation(Written):
 
 
 def evaluate(
-    pipeline: StableDiffusionPipeline, untuned: StableDiffusionPipeline, prompts: Sequence[Prompt],
-    rewards: Mapping[str, Reward], *, samples: int, guidance: float, grid: Sequence[tuple[str, int]] = GRID,
-    grid_samples: int | None = None, headline: tuple[str, int] = ("dpmsolver++", 25), ceiling: float | None = None,
-    batch: int = 16, kl_steps: int = 25, kl_samples: int = 128,
+    pipeline: Any, untuned: Any, prompts: Sequence[Prompt], rewards: Mapping[str, Reward], *, samples: int,
+    guidance: float, grid: Sequence[tuple[str, int]] = GRID, grid_samples: int | None = None,
+    headline: tuple[str, int] = ("dpmsolver++", 25), ceiling: float | None = None, batch: int = 16, kl_steps: int = 25,
+    kl_samples: int = 128,
 ) -> Evaluation:  # fmt: skip
     """Before and after. The first of the rewards is the one that was trained on, a second may stand beside it;
     `headline` is the sampler, and the steps, of the figures outside the grid. The grid may have fewer samples, and path
@@ -216,7 +218,7 @@ def evaluate(
     ]  # fmt: skip
     with progress([(steps, len(ids)) for _, steps, _, ids in pieces]) as bar:
 
-        def judge(piece: tuple[str, int, StableDiffusionPipeline, range]) -> Judged:
+        def judge(piece: tuple[str, int, Any, range]) -> Judged:
             name, steps, p, ids = piece
             drawn = draw(p, prompts, ids, name, steps, guidance, batch)
             bar.update(steps * len(ids))
@@ -248,7 +250,7 @@ def calls_of_evaluation(
     pipeline: Any, *, samples: int, guidance: float, grid: Sequence[tuple[str, int]], grid_samples: int,
     headline: tuple[str, int], kl_steps: int, kl_samples: int, batch: int,
 ) -> int:  # fmt: skip
-    """Calls of the UNets in `evaluate` with these options, each at one latent. The pipeline may be an outline."""
+    """Calls of the networks in `evaluate` with these options, each at one latent. The pipeline may be an outline."""
     cells = [(headline, samples), *((cell, grid_samples) for cell in grid)]
     drawn = sum(2 * n * sampler(name, pipeline).asked(steps) for (name, steps), n in cells)
     return (drawn + calls_of_nats(min(samples, kl_samples), kl_steps)) * (1 if guidance == 1 else 2)

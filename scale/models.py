@@ -1,28 +1,33 @@
-"""Load a Stable Diffusion 1.x or 2.x pipeline, or say what is wrong with what was asked for, before any training.
+"""Load a pipeline of any family that is known, or say what is wrong with what was asked for, before any training.
 
     pipeline = load("stable-diffusion-v1-5/stable-diffusion-v1-5")      # a hub name, or a folder in diffusers' format
 
-Weights come from safetensors alone, and in float32: they are what is trained. The safety checker, which would black out
-pictures in training, stays out.
+Weights come from safetensors alone, and in float32: they are what is trained. What training has no part in, such as a
+safety checker, stays out.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from scale.diffusion import PREDICTIONS
+from scale.families import FAMILIES, Family, Widths, family_of
 
 SD15_UNET: dict[str, Any] = {
     "sample_size": 64, "in_channels": 4, "out_channels": 4, "layers_per_block": 2, "cross_attention_dim": 768,
@@ -31,40 +36,44 @@ SD15_UNET: dict[str, Any] = {
     "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
 }  # fmt: skip
 """SD v1.5's architecture, for checks and measurements at full size without its weights."""
-PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
-COMPANIONS = ("safety_checker", "feature_extractor")
-"""What a pipeline is saved with and training has no part in."""
 
 
-def load(name: str, revision: str | None = None, variant: str | None = None) -> StableDiffusionPipeline:
-    """The pipeline, checked."""
-    outline(name, revision, variant)
+def load(name: str, revision: str | None = None, variant: str | None = None, **options: Any) -> Any:
+    """The pipeline, checked. options: of its family."""
+    found = outline(name, revision, variant, **options)
+    family = found.family
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            name, use_safetensors=True, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-            variant=variant, revision=revision,
-        )  # fmt: skip
+        pipeline = family.pipeline.from_pretrained(
+            name,
+            use_safetensors=True,
+            variant=variant,
+            revision=revision,
+            **family.left_out,
+            **family.absent(found),
+        )
     except OSError as wrong:
         raise ValueError(not_there(name, variant, wrong)) from wrong
     except ValueError as wrong:
         if variant and "variant" in str(wrong):
             raise ValueError(no_variant(name, variant)) from wrong
         raise
+    pipeline.family = family
     return pipeline.to(torch.float32)  # transformers keeps the precision of the file
 
 
 def companions(
-    pipeline: StableDiffusionPipeline, name: str, revision: str | None = None, variant: str | None = None
-) -> dict[str, Any]:
-    """The model's safety checker and feature extractor, in host memory, if it has them. Where they cannot be loaded a
+    pipeline: Any, name: str, revision: str | None = None, variant: str | None = None
+) -> dict[str, Any]:  # fmt: skip
+    """What the model has and was not loaded with, such as a safety checker, in host memory. Where it cannot be loaded a
     warning says so, and the pipeline goes without."""
-    index = StableDiffusionPipeline.load_config(name, revision=revision)
-    there = [part for part in COMPANIONS if (index.get(part) or [None])[0]]
+    family = family_of(pipeline)
+    index = family.pipeline.load_config(name, revision=revision)
+    there = [part for part in family.companions if (index.get(part) or [None])[0]]
     if not there:
         return {}
     parts = {part: v for part, v in pipeline.components.items() if part not in there}
     try:
-        whole = StableDiffusionPipeline.from_pretrained(
+        whole = family.pipeline.from_pretrained(
             name, revision=revision, variant=variant, use_safetensors=True, **parts
         ).to(torch.float32)  # fmt: skip
     except (OSError, ValueError, ImportError, AttributeError) as wrong:  # of a file, of a class
@@ -109,47 +118,57 @@ class Outline:
     """A pipeline as its configs have it, without weights: the networks are on the meta device, and cannot be called.
 
     Attributes:
-        vae, text_encoder: None where there are no latents, or no prompts.
+        family: as which it would be loaded.
+        parts: by their names in a pipeline, which are attributes too; None is one that is absent.
+        widths: of what its text encoders make of a prompt.
     """
 
-    unet: Any
-    vae: Any
-    scheduler: Any
-    text_encoder: Any
+    family: Family
+    parts: Mapping[str, Any]
+    widths: Widths
 
-    @property
-    def width(self) -> int:
-        """Of what the text encoder makes of a prompt; 0 where there are no prompts."""
-        return 0 if self.text_encoder is None else self.text_encoder.config.hidden_size
+    def __getattr__(self, name: str) -> Any:
+        if name != "parts" and name in self.parts:
+            return self.parts[name]
+        raise AttributeError(name)
+
+    def replace(self, **parts: Any) -> Outline:
+        """With other parts."""
+        return dataclasses.replace(self, parts={**self.parts, **parts})
 
 
-def outline(name: str, revision: str | None = None, variant: str | None = None) -> Outline:
-    """Raise at what is wrong with a model's kind, files and configs, before its weights are loaded."""
+def outline(name: str, revision: str | None = None, variant: str | None = None, **options: Any) -> Outline:
+    """Raise at what is wrong with a model's kind, files and configs, before its weights are loaded. options: of its
+    family."""
     check_place(name)
     try:
-        index = StableDiffusionPipeline.load_config(name, revision=revision)
-        if (kind := index.get("_class_name")) != "StableDiffusionPipeline":
-            raise ValueError(f"model must be a StableDiffusionPipeline, SD 1.x or 2.x; {name} is a {kind}")
+        index = DiffusionPipeline.load_config(name, revision=revision)
+        family = family_named(name, index.get("_class_name"), options)
+        encoders = [part for part in family.encoders if part not in family.optional or (index.get(part) or [None])[0]]
+        needed = [family.network, "vae", *encoders]
         if os.path.isdir(name):
-            if missing := [part for part in PARTS if not (Path(name) / part).is_dir()]:
+            folders = ["scheduler", *needed, *(e.replace("text_encoder", "tokenizer") for e in encoders)]
+            if missing := [part for part in sorted(folders) if not (Path(name) / part).is_dir()]:
                 raise ValueError(f"model: the folder {name} lacks {', '.join(missing)}; copy it again")
-            check_weights([Path(name) / part for part in ("unet", "vae", "text_encoder")], variant)
+            check_weights([Path(name) / part for part in needed], variant)
         with init_empty_weights():
-            unet, vae = (empty(index, part, name, part, revision) for part in ("unet", "vae"))
-            text = CLIPTextModel(CLIPTextConfig.from_pretrained(name, subfolder="text_encoder", revision=revision))
-        scheduler = empty(index, "scheduler", name, "scheduler", revision)
+            parts = {part: empty(index, part, name, part, revision) for part in needed}
+        parts["scheduler"] = empty(index, "scheduler", name, "scheduler", revision)
     except OSError as wrong:
         raise ValueError(not_there(name, variant, wrong)) from wrong
-    if (channels := unet.config.in_channels) != vae.config.latent_channels:
-        raise ValueError(
-            f"model: the UNet of {name} takes {channels} channels where its VAE makes {vae.config.latent_channels}: a "
-            f"model for inpainting needs more than text"
-        )
-    sides = unet.config.sample_size
-    if not (isinstance(sides, int) or (isinstance(sides, list | tuple) and len(sides) == 2)):
-        raise ValueError(f"model: the UNet of {name} must have a sample_size, a number or two, got {sides!r}")
-    check_prediction(name, scheduler)
-    return Outline(unet, vae, scheduler, text)
+    found = Outline(family, dict.fromkeys(family.encoders) | parts, Widths())
+    family.check(name, found)
+    check_prediction(name, family.prediction(found.scheduler))
+    return dataclasses.replace(found, widths=family.widths(found))
+
+
+def family_named(name: str, kind: str | None, options: Mapping[str, Any]) -> Family:
+    """The family of a pipeline of a model, by the class in its model_index.json."""
+    known = {kind: family for kind, family in FAMILIES.items() if family.encoders}
+    if kind not in known:
+        titles = ", ".join(family.title for family in known.values())
+        raise ValueError(f"model must be one of {titles}; {name} is a {kind}")
+    return known[kind](**known[kind].own(options))
 
 
 def check_place(name: str) -> None:
@@ -187,18 +206,19 @@ def _variants(folder: Path, kinds: Sequence[str]) -> set[str]:
 
 
 def empty(index: dict[str, Any], part: str, name: str, subfolder: str | None, revision: str | None) -> Any:
-    """A part of a pipeline by its config alone; its class must be one of diffusers'."""
+    """A part of a pipeline by its config alone; its class must be one of diffusers' or transformers'."""
     library, kind = index[part]
-    made = getattr(diffusers, kind, None) if library == "diffusers" else None
+    made = getattr({"diffusers": diffusers, "transformers": transformers}.get(library), kind, None)
     if made is None:
         raise ValueError(f"model: the {part} of {name} is a {library}.{kind}, which diffusers does not have")
+    if library == "transformers":
+        return made(made.config_class.from_pretrained(name, subfolder=subfolder, revision=revision))
     return made.from_config(made.load_config(name, subfolder=subfolder, revision=revision))
 
 
-def check_prediction(name: str, scheduler: Any) -> None:
-    """Raise unless the network predicts what is known here."""
-    prediction = scheduler.config.prediction_type
-    if prediction not in ("epsilon", "v_prediction"):
+def check_prediction(name: str, prediction: str) -> None:
+    """Raise unless what the network predicts is known here."""
+    if prediction not in PREDICTIONS:
         raise ValueError(f"model: {name} predicts {prediction!r}; only 'epsilon' and 'v_prediction' are known here")
 
 

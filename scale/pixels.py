@@ -34,6 +34,7 @@ from scale.classifiers import Moments, diversity, features, frechet, histogram
 from scale.data import Pictures
 from scale.diffusion import NO_PROMPT, Decoded, Score, problem
 from scale.evaluate import SEED, Written, batches, calls_of_nats, nats, progress, shared
+from scale.families import Ddpm, Widths
 from scale.models import Outline, check_place, check_prediction, check_weights, empty, not_there
 from scale.rewards import Reward, ask
 
@@ -77,14 +78,10 @@ def outline(name: str, revision: str | None = None, variant: str | None = None) 
         check_weights([own if own.is_dir() else Path(name)], variant, (".safetensors", ".bin"))
     if not isinstance(unet, UNet2DModel):
         raise ValueError(f"model must have a UNet2DModel; {name} has a {type(unet).__name__}")
-    config = unet.config
-    if (config.in_channels, config.out_channels) != (3, 3) or not isinstance(config.sample_size, int):
-        raise ValueError(
-            f"model must take and give square pictures of 3 channels; {name} takes {config.in_channels}, gives "
-            f"{config.out_channels}, of size {config.sample_size}"
-        )
-    check_prediction(name, box)
-    return Outline(unet, None, box, None)
+    found = Outline(Ddpm(), {"unet": unet, "vae": None, "scheduler": box}, Widths())
+    found.family.check(name, found)
+    check_prediction(name, box.config.prediction_type)
+    return found
 
 
 def _empty(index: dict[str, Any], part: str, name: str, revision: str | None) -> Any:

@@ -1,6 +1,6 @@
 """What a run needs, found before any weights are loaded: memory, disk and work.
 
-Calls of the UNet are counted in a rehearsal: `ctrl.fit` itself, on states of one pixel, with networks of one weight.
+Calls of the network are counted in a rehearsal: `ctrl.fit` itself, on states of one pixel, with networks of one weight.
 The cost of a call is measured on tensors without data (torch's FakeTensorMode), with the model's own passes at full
 size: the bytes that are alive at a time, and the floating-point operations.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -31,6 +31,7 @@ from ctrl.training.replay import ON_DEVICE, epoch_bytes
 from ctrl.training.split import whole_at_once
 from ctrl.value import StructuredCritic
 from scale.diffusion import Score, WithoutAdapters, images_at_a_time, pictures_of
+from scale.families import Widths, network_of
 from scale.models import Outline
 from scale.rewards import Reward, unmade
 from scale.settings import Tuning
@@ -55,8 +56,8 @@ AT_A_TIME = 4096
 
 
 class Rows(nn.Module):
-    """A network of one weight in place of a UNet. It counts the rows that it is given, those whose gradient reaches its
-    output, and those whose gradient reaches its weight."""
+    """A network of one weight in place of the model's. It counts the rows that it is given, those whose gradient
+    reaches its output, and those whose gradient reaches its weight."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -92,18 +93,21 @@ class Judged:
 def rehearsed(
     s: Tuning, outline: Outline, parts: Parts, differentiable: bool, accelerator: Accelerator
 ) -> list[Counter]:
-    """Every epoch's counts over all processes, those of the critic alone first: the rows of the UNets, the images that
-    are rewarded, and ctrl's own network calls. All epochs are the same once the store is full."""
+    """Every epoch's counts over all processes, those of the critic alone first: the rows of the networks, the images
+    that are rewarded, and ctrl's own network calls. All epochs are the same once the store is full."""
     reward = Judged(differentiable)
-    small = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1, hidden_size=1))
-    text = None if outline.text_encoder is None else small
-    task = parts(Outline(Rows(outline.unet.config.in_channels), None, outline.scheduler, text), reward)
+    rows, small = (
+        Rows(network_of(outline).config.in_channels),
+        Widths(1, 1, 1, 1) if outline.widths.tokens else Widths(),
+    )
+    counting = outline.replace(**{outline.family.network: rows}, vae=None)
+    task = parts(dataclasses.replace(counting, widths=small), reward)
     found = _epochs(alone(s, task), s.pretrain, reward, accelerator) if s.pretrain else []
     return found + _epochs(task, s.epochs, reward, accelerator)
 
 
 def _epochs(task: Task, epochs: int, reward: Judged, accelerator: Accelerator) -> list[Counter]:
-    unets = [cast(Rows, score.unet) for score in (task.policy, task.problem.reference)]
+    unets = [cast(Rows, score.network) for score in (task.policy, task.problem.reference)]
     counts = [Counter[str]()]
 
     def look(run: Run, metrics: dict[str, Any]) -> None:
@@ -192,7 +196,7 @@ def measured(s: Tuning, task: Task, vae: nn.Module | None, counts: Counter[str])
     with FakeTensorMode(allow_non_fake_inputs=True):
         policy, reference = cast(Score, task.policy), cast(Score, task.problem.reference)
         for network in (policy, reference, vae):
-            if network is not None and next(network.parameters()).is_meta:  # the reference may be the policy's UNet
+            if network is not None and next(network.parameters()).is_meta:  # the reference may be the policy's network
                 _fill(network)
         for p in policy.parameters():  # they are there from the second part of an update on
             p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -261,25 +265,29 @@ def learning(task: Task) -> dict[str, nn.Module]:
     }  # fmt: skip
 
 
+def size_of(networks: Iterable[nn.Module]) -> int:
+    """Bytes of their weights."""
+    return sum(p.numel() * p.element_size() for network in networks for p in network.parameters())
+
+
 def memory(
     s: Tuning, task: Task, costs: Mapping[str, Cost], others: Mapping[str, int], processes: int
 ) -> dict[str, int]:  # fmt: skip
     """Bytes on a device, by what they are for. task: of the outline; others: what is there besides."""
     models = learning(task)
-    weights = sum(p.numel() for model in models.values() for p in model.parameters())
     trained = sum(p.numel() for model in models.values() for p in model.parameters() if p.requires_grad)
     averaged = sum(p.numel() for p in task.learner.parameters() if p.requires_grad or s.split)  # whose copy is whole
-    unet = 4 * sum(p.numel() for p in task.policy.parameters())
-    shared = isinstance(cast(Score, task.problem.reference).unet, WithoutAdapters)
+    network = size_of([task.policy])
+    shared = isinstance(cast(Score, task.problem.reference).network, WithoutAdapters)
     epoch = epoch_bytes(-(-s.samples // processes), s.steps, task.problem.shape)
     working = {name: cost.peak for name, cost in costs.items()}
     if s.offload_reference and "slope" in working:
-        working["slope"] += unet  # the graph holds what was brought
+        working["slope"] += network  # the graph holds what was brought
     if isinstance(task.critic, StructuredCritic) and "image_slope" in working:
         working["slope"] += working["image_slope"]  # grad V goes through both
     held = {
-        "weights": 4 * weights, "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
-        "untuned weights": 0 if shared or s.offload_reference else unet, "average": 4 * averaged if s.ema else 0,
+        "weights": size_of(models.values()), "gradients": 4 * trained, "optimiser": (2 if s.eight_bit else 8) * trained,
+        "untuned weights": 0 if shared or s.offload_reference else network, "average": 4 * averaged if s.ema else 0,
     }  # fmt: skip
     if s.split and processes > 1:
         at_once = 4 * whole_at_once(task.policy)
@@ -299,7 +307,7 @@ def text(
     Args:
         differentiable: whether the reward has a gradient.
         evaluation: network calls of the evaluation, each at one state.
-        others: bytes of what is on the device besides UNets and critic, by name.
+        others: bytes of what is on the device besides the networks and the critic, by name.
     """
     epochs = rehearsed(s, outline, parts, differentiable, accelerator)
     task, processes = parts(outline, unmade), accelerator.num_processes
@@ -313,10 +321,10 @@ def text(
     last, slopes = epochs[-1], epochs[-1]["back"] - epochs[-1]["weights"]
     said = f"""memory of a device: {_size(sum(held.values()))}: {sizes}. Besides: the reward's own, and the driver's
 disk: {checkpoint.most(s.keep_checkpoints)} checkpoints of {disk / 1e9:.2f} GB (the last, the best, one being written)
-UNet calls per epoch: {last["forward"]:,}, of them {last["weights"]:,} with the gradient to the weights and {slopes:,} \
-with that to the state
-training: {total["forward"]:,} UNet calls, {_time(operations(total, costs) / processes, s.precision, accelerator)}
-evaluation: {evaluation:,} UNet calls, {_time(evaluation * costs["forward"].flops / processes, "no", accelerator)}
+network calls per epoch: {last["forward"]:,}, of them {last["weights"]:,} with the gradient to the weights and \
+{slopes:,} with that to the state
+training: {total["forward"]:,} network calls, {_time(operations(total, costs) / processes, s.precision, accelerator)}
+evaluation: {evaluation:,} network calls, {_time(evaluation * costs["forward"].flops / processes, "no", accelerator)}
 hours are at an assumed rate, and leave out the reward's own time"""
     return "\n".join(f"# {line}" for line in said.splitlines())
 

@@ -11,35 +11,21 @@ A deterministic one solves the probability flow, whose problem is `ctrl.Probabil
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    StableDiffusionPipeline,
-    UniPCMultistepScheduler,
-)
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ctrl import grids
 from ctrl.fields import one_of
 from ctrl.problem import Problem, ScoreAsAction
 from ctrl.solvers import Act, Solver
+from scale.families import family_of
+from scale.families.base import SAMPLERS
 
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
-    "ddim": (DDIMScheduler, {"clip_sample": False}),
-    "dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++"}),
-    "sde-dpmsolver++": (DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
-    "unipc": (UniPCMultistepScheduler, {}),
-    "euler": (EulerDiscreteScheduler, {}),
-    "heun": (HeunDiscreteScheduler, {}),
-}
-SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type")
-"""What a sampler takes over from the pipeline: the process, and none of its own scheduler's habits."""
 REFUSED = {
     "lcm": "it denoises to the end and noises again, for models distilled to that, and solves no process of this one",
     "pndm": "it asks for one time twice",
@@ -48,20 +34,18 @@ REFUSED = {
 }
 
 
-def known(name: str) -> None:
+def known(name: str, among: Iterable[str] = SAMPLERS) -> None:
     """Raise unless there is such a sampler, and it can serve."""
     if name in REFUSED:
         raise ValueError(f"sampler {name!r} is of no use here: {REFUSED[name]}")
-    one_of("sampler", name, SAMPLERS)
+    one_of("sampler", name, among)
 
 
-def sampler(name: str, pipeline: StableDiffusionPipeline) -> BlackBox:
-    """By name, under the pipeline's schedule, with steps spread from the first timestep on (`trailing`)."""
-    known(name)
-    kind, changes = SAMPLERS[name]
-    given = pipeline.scheduler.config
-    config = {name: given[name] for name in SCHEDULE if given.get(name) is not None}
-    return BlackBox(kind(**config, timestep_spacing="trailing", **changes))
+def sampler(name: str, pipeline: Any) -> BlackBox:
+    """By name, under the pipeline's own process; a pipeline may be an outline."""
+    family = family_of(pipeline)
+    known(name, family.samplers)
+    return BlackBox(family.sampler(name, pipeline.scheduler))
 
 
 @dataclass

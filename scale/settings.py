@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,7 +38,7 @@ from ctrl.algorithms import (
     TDForm,
 )
 from ctrl.fields import check_fields, one_of
-from scale.diffusion import timesteps
+from ctrl.training.settings import constant, cosine_decay, linear_decay
 from scale.rewards import names_of
 from scale.samplers import known
 
@@ -93,11 +94,13 @@ def algorithm_named(name: str) -> Algorithm:
     return made
 
 
+SCHEDULES = {"linear": linear_decay, "cosine": cosine_decay, "constant": constant}
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
 GRIDS = {
-    "log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform, "timesteps": timesteps,
+    "log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform,
 }  # fmt: skip
+"""Besides `timesteps`, which a model's family has."""
 LIMITS = {
     **dict.fromkeys(
         ("critic_width", "epochs", "samples", "batch", "micro_batch", "checkpoint_every", "keep_checkpoints",
@@ -141,8 +144,10 @@ class Tuning:
     """By field, as `ctrl.fields.check_fields` has them."""
     free: ClassVar[frozenset[str]] = FREE
     """Fields that may change when a run is gone on with; so may those that begin with eval_."""
-    embedded: ClassVar[Path]
-    """Settings for the embedded model, which is a folder of the same name beside them."""
+    embedded: ClassVar[Path | None]
+    """Settings for the embedded model, which is a folder of the same name beside them; None where there is none."""
+    events: ClassVar[str]
+    """Folder of the tracker's events in the run's."""
 
     model: str
     """Hub name, or folder in diffusers' format; or embedded, the small one."""
@@ -165,7 +170,7 @@ class Tuning:
     `--options nodes=64 keep=4`; those of a part, such as `evaluation.critic_updates=8` of td-form."""
     critic: Literal["structured", "network"] = "network"
     """network: of state, time and prompt; structured: r(x0hat) plus that. A reward with a gradient is then asked, and
-    differentiated through the UNet (and a VAE), at every node, which costs accordingly; for a black box a network
+    differentiated through the network (and a VAE), at every node, which costs accordingly; for a black box a network
     stands in for it."""
     critic_width: int = 64
     """Channels of the critic's networks."""
@@ -194,11 +199,14 @@ class Tuning:
     """How far times move from epoch to epoch, in steps, so that the policy is trained at all of them."""
 
     epochs: int = 100
-    """How often pictures are drawn and learned from; with the learning rate's fall, a run cannot be made longer."""
+    """How often pictures are drawn and learned from; a run whose learning rate falls cannot be made longer."""
     samples: int = 64
     """Pictures an epoch, over all processes."""
     lr: float | None = None
-    """Learning rate of the UNet, for AdamW; it falls linearly to a tenth. None is 1e-5, or 1e-4 for adapters."""
+    """Learning rate of the network, for AdamW. None is 1e-5, or 1e-4 for adapters."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How learning rates go over the run: linear and cosine fall to a tenth. A run that is constant may be resumed with
+    more epochs."""
     warmup: int = 3
     """Epochs before the learning rates have their full size; Adam's first steps have, whatever the gradient."""
     critic_lr: float = 1e-3
@@ -206,7 +214,7 @@ class Tuning:
     reward_lr: float = 1e-3
     """Learning rate of a reward that is itself learned."""
     ema: float = 0.0
-    """Decay an update of the averaged UNet, which then is what is evaluated and kept; 0 keeps none."""
+    """Decay an update of the averaged network, which then is what is evaluated and kept; 0 keeps none."""
     precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     """Of the networks' arithmetic in training; no is float32. auto is what accelerate launch --mixed_precision asks
     for, else bf16 on CUDA and float32 elsewhere; config.json has what it came to. Weights, log-densities and the
@@ -216,13 +224,13 @@ class Tuning:
     eight_bit: bool = False
     """Adam's moments in 8 bits (bitsandbytes)."""
     offload_reference: bool = False
-    """The untuned UNet's weights stay in host memory and are brought layer by layer."""
+    """The untuned network's weights stay in host memory and are brought layer by layer."""
     channels_last: bool = False
-    """Lay out the UNet's weights as convolutions on most devices prefer them."""
+    """Lay out the network's weights as convolutions on most devices prefer them."""
     compile: bool = False
-    """Compile the UNets (torch.compile): the first epoch takes minutes longer, later ones less time."""
+    """Compile the networks (torch.compile): the first epoch takes minutes longer, later ones less time."""
     split: bool = False
-    """Hold the UNets and the critic in shares, one on each process (FSDP2), where training does not fit one device;
+    """Hold the networks and the critic in shares, one on each process (FSDP2), where training does not fit one device;
     slower. Afterwards, to evaluate, each process has them whole."""
     batch: int = 8
     """Pictures drawn, and nodes evaluated, at a time on a device."""
@@ -273,10 +281,12 @@ class Tuning:
     """A trial of everything from loading to report, in OUT-quick, which is overwritten: two epochs of eight images, and
     figures of four."""
     dry_run: bool = False
-    """Only print these settings, and what they would need: memory, disk, calls of the UNet, and hours."""
+    """Only print these settings, and what they would need: memory, disk, calls of the network, and hours."""
 
     def __post_init__(self) -> None:
         if self.model == "embedded":
+            if self.embedded is None:
+                raise ValueError("model: no small model of this family is embedded: give a hub name or a folder")
             object.__setattr__(self, "model", str(self.embedded.with_suffix("")))
         if isinstance(self.out, str):
             object.__setattr__(self, "out", Path(self.out))
@@ -382,7 +392,8 @@ class Tuning:
         if not (self.resume and file.is_file()):
             return
         before, now = self.read(file).plain(), self.plain()
-        changed = [name for name in now if now[name] != before[name] and name not in self.free and name[:5] != "eval_"]
+        free = self.free | ({"epochs"} if self.schedule == "constant" else set())
+        changed = [name for name in now if now[name] != before[name] and name not in free and name[:5] != "eval_"]
         if changed:
             name = changed[0]
             raise ValueError(
@@ -398,16 +409,20 @@ class Tuning:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Tuning):
-    """What is trained, on what, and how. The defaults are for Stable Diffusion v1.5 on one GPU."""
+    """What is trained, on what, and how, of a text-to-image model. The defaults are for Stable Diffusion v1.5 on one
+    GPU; those of other families are in their commands."""
 
     limits: ClassVar[dict[str, str]] = {
         **LIMITS, "guidance": ">= 1", "in_a_row": ">= 1", "lora": ">= 0", "eval_headline": ">= 1",
+        "t5_tokens": "in [0, 512]", "lora_alpha": "> 0",
     }  # fmt: skip
     free: ClassVar[frozenset[str]] = FREE | {"other_reward"}
     embedded: ClassVar[Path] = EMBEDDED
+    events: ClassVar[str] = "sd15"
 
     model: str = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x or 2.x; or embedded, the small one."""
+    """Hub name, or folder in diffusers' format, of a Stable Diffusion 1.x, 2.x, XL, 3 or 3.5; or embedded, the small
+    one."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     variant: str | None = None
@@ -431,14 +446,32 @@ class Settings(Tuning):
 
     guidance: float = 5.0
     """Classifier-free guidance, of the policy and of the untuned model alike; 1 is none, and halves the cost."""
+    negative_prompt: str = ""
+    """What guidance leads away from, for both; by default the empty prompt."""
+    size: str | None = None
+    """Of images, in pixels: 512, or 768x512, width first; by default the model's own."""
 
     lora: int = 0
-    """Rank of low-rank adapters on the attention layers; 0 trains every weight of the UNet."""
+    """Rank of low-rank adapters; 0 trains every weight."""
+    lora_alpha: float | None = None
+    """The adapters' product is multiplied by this over the rank; by default by 1."""
+    lora_targets: tuple[str, ...] = ()
+    """Layers that get adapters; by default those of the attention."""
+    frozen: Literal["float32", "bf16"] = "float32"
+    """Of the weights that adapters leave as they are, and of the text encoders. bf16 halves their memory; the path KL
+    and the evaluation then have its rounding."""
+    t5_tokens: int = 256
+    """Of Stable Diffusion 3 and 3.5: tokens of a prompt for the T5, or zeros in its place where it is absent; 0 for a
+    model that was trained without."""
 
     out: Path = Path("runs/sd15")
     """The run's folder."""
     eval_headline: int = 25
-    """Steps of dpmsolver++ for the evaluation's headline, and of Heun for its path KL."""
+    """Steps of the evaluation's headline, by dpmsolver++, or euler of a rectified flow, and of Heun for its path KL."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.sides  # noqa: B018 - it must be one
 
     def resolved(self) -> Self:
         other = self.other_reward
@@ -452,12 +485,35 @@ class Settings(Tuning):
         return dataclasses.replace(found, samples=samples, eval_headline=min(self.eval_headline, 10))
 
     @property
+    def family_options(self) -> dict[str, Any]:
+        """What the model's family is made with."""
+        return {"size": self.sides, "negative_prompt": self.negative_prompt, "t5_tokens": self.t5_tokens}
+
+    @property
+    def sides(self) -> tuple[int, int] | None:
+        """Height and width."""
+        if self.size is None:
+            return None
+        found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", self.size)
+        if found is None:
+            raise ValueError(f"size must be such as 512 or 768x512, in pixels, width first, got {self.size!r}")
+        width, height = found.groups(default=found[1])
+        return int(height), int(width)
+
+    @property
     def usual_lr(self) -> float:
         return 1e-4 if self.lora else super().usual_lr
 
     def conflicts(self) -> dict[str, bool]:
         """Those of all, and of adapters."""
         return super().conflicts() | {
+            "frozen = bf16 needs lora, the adapters' rank, and precision = bf16": (
+                self.frozen == "bf16" and (self.lora == 0 or self.precision not in ("auto", "bf16"))
+            ),
+            "negative_prompt needs guidance over 1": bool(self.negative_prompt) and self.guidance == 1,
+            "lora_alpha and lora_targets need lora, the adapters' rank": (
+                self.lora == 0 and (self.lora_alpha is not None or bool(self.lora_targets))
+            ),
             "offload_reference: with lora the reference is the same network, its adapters off": bool(
                 self.lora and self.offload_reference
             ),

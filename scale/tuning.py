@@ -2,10 +2,7 @@
 what a run leaves.
 
     s = settings_of(Settings, arguments, {}, __doc__)        # the command line, over a file, over the class's own
-    accelerator = accelerator_of(s)
-    task = ...                                               # a `Task`, made of the parts below and a model's own
-    begin(s, task, accelerator, "mine")                      # the folder, config.json, the trackers
-    history = learn(s, task, accelerator, Watch(s, accelerator, draw))
+    outcome = train(s, None, assemble=..., show=..., kl_steps=..., finish=...)   # the command's own parts
 """
 
 from __future__ import annotations
@@ -37,26 +34,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ctrl import Mean, Noise, Solver
+from ctrl import Mean, NetworkCritic, Noise, Solver, StructuredCritic
 from ctrl.algorithms import ActorCritic, Algorithm, GaussianNetwork, KLBudget, PathConsistency
 from ctrl.decided import complete, decided_share
 from ctrl.fields import check_fields
 from ctrl.fit import Callback, Conditions, Guards, Run, fit
 from ctrl.fit import Settings as FitSettings
+from ctrl.noising import RectifiedFlow
 from ctrl.problem import ScoreAsAction
 from ctrl.training import files
 from ctrl.training.device import NO_FP16, is_cpu, make_accelerator
 from ctrl.training.interrupts import RunFailed
+from ctrl.training.lock import locked
 from ctrl.training.processes import check_processes
 from ctrl.training.split import check_split, splits, whole
 from ctrl.value import Critic
 from scale import report
-from scale.diffusion import Score, problem
+from scale.diffusion import Score, StandIn, Value, problem
 from scale.evaluate import calls_of_nats, nats
+from scale.families import family_of
 from scale.rewards import Patient, Reward, built_in, full_name, has_gradient, reward_of
 from scale.samplers import BlackBox, sampler
-from scale.settings import ALGORITHMS, BOXED, GRIDS, SOLVERS, Tuning, algorithm_named, processes
+from scale.settings import ALGORITHMS, BOXED, GRIDS, SCHEDULES, SOLVERS, Tuning, algorithm_named, processes
 
+Grid = Callable[[Any, int], Tensor]
 S = TypeVar("S", bound=Tuning)
 P = TypeVar("P", bound=DiffusionPipeline)
 T = TypeVar("T", bound="Task")
@@ -83,6 +84,8 @@ class Task:
     critic: Critic | None
     conditions: Conditions | None
     fit: FitSettings
+    pipeline: Any = None
+    """Whose network it is; None of an outline."""
 
 
 def algorithm_of(s: Tuning, noisy: bool) -> Algorithm:
@@ -124,11 +127,23 @@ def _plain(text: str) -> Any:
     return text
 
 
-def solver_of(s: Tuning, pipeline: DiffusionPipeline) -> Solver:
+def solver_of(s: Tuning, pipeline: Any) -> Solver:
     """The core's own, or one of diffusers' under the pipeline's schedule."""
     if s.solver.startswith(BOXED):
+        if isinstance(family_of(pipeline).noising(pipeline.scheduler), RectifiedFlow):
+            raise ValueError(
+                f"solver {s.solver} does not support a rectified flow: take exponential with --eta 0, which makes the "
+                f"steps of diffusers' FlowMatchEuler, or another of ours"
+            )
         return sampler(s.solver.removeprefix(BOXED), pipeline)
     return SOLVERS[s.solver]()
+
+
+def grid_of(s: Tuning, pipeline: Any) -> Grid:
+    """Times by name; those of its timesteps are the family's."""
+    if s.grid == "timesteps":
+        return partial(family_of(pipeline).timesteps, pipeline.scheduler)
+    return GRIDS[s.grid]
 
 
 def eta_of(s: Tuning, solver: Solver) -> float:
@@ -136,18 +151,18 @@ def eta_of(s: Tuning, solver: Solver) -> float:
     return 0.0 if isinstance(solver, BlackBox) and not solver.noisy else s.eta
 
 
-def lay_out(s: Tuning, unet: ModelMixin) -> None:
+def lay_out(s: Tuning, network: ModelMixin) -> None:
     """What is to be trained, as the settings have it."""
     if s.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+        network.enable_gradient_checkpointing()
     if s.channels_last:
-        unet.to(memory_format=torch.channels_last)
+        network.to(memory_format=torch.channels_last)
 
 
 def placed(s: Tuning, pipeline: P, device: torch.device) -> P:
-    """A pipeline on the device, but for a UNet that is going to be split."""
+    """A pipeline on the device, but for a network that is going to be split."""
     for name, part in pipeline.components.items():
-        if isinstance(part, nn.Module) and not (s.split and name == "unet"):
+        if isinstance(part, nn.Module) and not (s.split and name == family_of(pipeline).network):
             part.to(device)
     return pipeline
 
@@ -156,11 +171,11 @@ def reference_of(s: Tuning, policy: Score, device: torch.device) -> Score:
     """The untuned model, offloaded if asked for; or both compiled."""
     reference = policy.frozen()
     if s.offload_reference:
-        cpu_offload(reference.unet, execution_device=device)
+        cpu_offload(reference.network, execution_device=device)
     if s.compile:
         torch._functorch.config.donated_buffer = False  # an adjoint goes back twice through one graph
-        for unet in (policy.unet, reference.unet):
-            unet.compile()
+        for network in (policy.network, reference.network):
+            network.compile()
     return reference
 
 
@@ -175,15 +190,16 @@ def optimizer_of(s: Tuning) -> Callable[..., torch.optim.Optimizer]:
     return partial(kind, weight_decay=1e-4)
 
 
-def fit_settings(s: Tuning, solver: Solver) -> FitSettings:
+def fit_settings(s: Tuning, solver: Solver, grid: Grid) -> FitSettings:
     """How `ctrl.fit` makes the run; a black box has times of its own."""
     box = solver if isinstance(solver, BlackBox) else None
     return FitSettings(
-        epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else GRIDS[s.grid],
+        epochs=s.epochs, samples=s.samples, steps=s.steps, solver=solver, grid=box.grid if box else grid,
         jitter=0.0 if box else s.jitter, lr=s.lr, critic_lr=s.critic_lr, reward_lr=s.reward_lr,
         optimizer=optimizer_of(s), ema=s.ema, batch=s.batch, micro_batch=s.micro_batch, seed=s.seed, out=s.out,
         checkpoint_every=s.checkpoint_every, keep_checkpoints=s.keep_checkpoints, max_hours=s.max_hours,
         patience=s.patience, mismatch=s.mismatch, warmup=s.warmup, split=s.split,
+        schedule=SCHEDULES[s.schedule],
     )  # fmt: skip
 
 
@@ -191,7 +207,8 @@ def planned(s: Tuning, pipeline: Any, reference: Score, reward: Any) -> tuple[Sc
     """The problem, how a run is made, and the algorithm. A pipeline, with its reference, may be an outline."""
     solver = solver_of(s, pipeline)
     eta = eta_of(s, solver)
-    task, made = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma), fit_settings(s, solver)
+    task = problem(reference, reward, beta=s.beta, eta=eta, gamma=s.gamma)
+    made = fit_settings(s, solver, grid_of(s, pipeline))
     made.grid(task, s.steps)  # it may not have as many
     return task, made, algorithm_of(s, eta > 0)
 
@@ -199,6 +216,17 @@ def planned(s: Tuning, pipeline: Any, reference: Score, reward: Any) -> tuple[Sc
 def learner_of(s: Tuning, problem: ScoreAsAction, policy: nn.Module) -> nn.Module:
     """The policy, which q-learning gives a noise."""
     return GaussianNetwork(problem, policy) if s.algorithm == "q-learning" else policy
+
+
+def critic_of(s: Tuning, task: ScoreAsAction, differentiable: bool, width: int = 0) -> Critic:
+    """V from states and times, and pooled prompts of this width; with a black box the structured one learns what to put
+    in its skip."""
+    channels, size, _ = task.shape
+    network = Value(channels, size, width, s.critic_width)
+    if s.critic == "network":
+        return NetworkCritic(task, network)
+    stand_in = None if differentiable else StandIn(channels, size, width, s.critic_width)
+    return StructuredCritic(task, network, reward=stand_in)
 
 
 def named(s: Named, given: Reward | None) -> Named:
@@ -267,7 +295,7 @@ def check(s: Tuning) -> Algorithm:
 
 def check_timesteps(pipeline: DiffusionPipeline, **steps: Sequence[int]) -> None:
     """Raise unless each of the settings named is at most the timesteps that the model was trained on."""
-    most = len(pipeline.scheduler.betas)
+    most = pipeline.scheduler.config.num_train_timesteps
     for name, asked in steps.items():
         if any(n > most for n in asked):
             raise ValueError(f"{name} must be at most the model's {most} timesteps, got {max(asked)}")
@@ -277,10 +305,10 @@ def check_timesteps(pipeline: DiffusionPipeline, **steps: Sequence[int]) -> None
 
 
 LEFT = (
-    "checkpoints", "metrics.jsonl", "not-finite", "critic", "pictures", "samples", "pipeline", "evaluation.json",
-    "report.html", "config.json",
+    "checkpoints", "metrics.jsonl", "not-finite", "critic", "pictures", "samples", "pipeline", "lora",
+    "evaluation.json", "report.html", "config.json",
 )  # fmt: skip
-"""What a run writes in its folder, besides its tracker's events and what is its command's own."""
+"""What a run writes in its folder, besides its tracker's events."""
 
 
 def use_tf32() -> None:
@@ -304,20 +332,40 @@ def accelerator_of(s: Tuning) -> Accelerator:
     )  # fmt: skip
     check_processes(accelerator)
     if accelerator.is_main_process:
-        embedded = s.model == str(s.embedded.with_suffix(""))
+        embedded = s.embedded is not None and s.model == str(s.embedded.with_suffix(""))
         why = " (there is no CUDA; --model names another)" if embedded and not torch.cuda.is_available() else ""
         n, kind = accelerator.num_processes, accelerator.device.type
         print(f"model: {s.model}{why}", f"{n} process{'es' * (n > 1)} on {kind}", sep="\n")
     return accelerator
 
 
-def begin(s: Tuning, task: Task, accelerator: Accelerator, name: str, left: Sequence[str] = ()) -> None:
-    """Make the folder, with config.json, and the trackers, which keep their events in OUT/name; every process calls it.
-    left: what the command writes besides LEFT, and overwrites."""
+def train(
+    settings: S, reward: Reward | None, *, assemble: Callable[[S, Reward | None, Accelerator], T],
+    show: Callable[[S, T], Tensor], kl_steps: Callable[[S], int],
+    finish: Callable[[S, T, list[dict[str, Any]], Accelerator], Any],
+) -> Outcome:  # fmt: skip
+    """A run from its settings to what it leaves. What is a command's own: how its task is made, which pictures it shows
+    over training, in how many steps of Heun the path KL is measured, and what it does at the end."""
+    s = named(settings, reward).resolved()
+    accelerator = accelerator_of(s)
+    with locked(s.out, accelerator):
+        task = assemble(s, reward, accelerator)
+        begin(s, task, accelerator)
+        history = learn(s, task, accelerator, Watch(s, accelerator, lambda: show(s, task)))
+        task = whole_again(s, task, accelerator, lambda s: assemble(s, reward, accelerator))
+        match_kl(s, task, accelerator, kl_steps(s))
+        found = finish(s, task, history, accelerator)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+    return Outcome(task.pipeline, found, history, s.out)
+
+
+def begin(s: Tuning, task: Task, accelerator: Accelerator) -> None:
+    """Make the folder, with config.json, and the trackers; every process calls it."""
     if accelerator.is_main_process:
         s.out.mkdir(parents=True, exist_ok=True)
         if s.overwrite:
-            files.delete(s.out, (*LEFT, name, *left))
+            files.delete(s.out, (*LEFT, s.events))
         part = s.out / "config.part"
         part.write_text(json.dumps(s.plain(), indent=2) + "\n")
         os.replace(part, s.out / "config.json")
@@ -330,7 +378,7 @@ def begin(s: Tuning, task: Task, accelerator: Accelerator, name: str, left: Sequ
             f"precision {s.precision}, in {s.out}"
         )
     if s.log_with != "none":
-        accelerator.init_trackers(name, {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
+        accelerator.init_trackers(s.events, {k: v for k, v in s.plain().items() if isinstance(v, int | float | str)})
 
 
 def learn(s: Tuning, task: Task, accelerator: Accelerator, *callbacks: Callback) -> list[dict[str, Any]]:
@@ -396,7 +444,7 @@ def calls_of_match_kl(s: Tuning, steps: int) -> int:
 def untuned(pipeline: P, reference: Score) -> P:
     """The pipeline as it was before training, with what the reference has of it."""
     found = copy.copy(pipeline)
-    found.unet = reference.unet
+    setattr(found, family_of(pipeline).network, reference.network)
     return found
 
 
@@ -609,20 +657,20 @@ def chosen(o: Export, beta: float) -> Path:
     return folder
 
 
-def restore(unet: ModelMixin, folder: Path) -> None:
-    """Give the UNet the weights of a checkpoint, which has those that are trained."""
-    missing, unexpected = unet.load_state_dict(unet_weights(folder), strict=False)
-    lost = {name for name, p in unet.named_parameters() if p.requires_grad} & set(missing)
+def restore(network: ModelMixin, folder: Path) -> None:
+    """Give the network the weights of a checkpoint, which has those that are trained."""
+    missing, unexpected = network.load_state_dict(network_weights(folder), strict=False)
+    lost = {name for name, p in network.named_parameters() if p.requires_grad} & set(missing)
     if lost or unexpected:
         raise ValueError(f"epoch: {folder} is of another model: {min([*lost, *unexpected])} is not in both")
 
 
-def unet_weights(folder: Path) -> dict[str, Tensor]:
-    """The UNet's in a checkpoint, averaged if they were."""
+def network_weights(folder: Path) -> dict[str, Tensor]:
+    """The network's in a checkpoint, averaged if they were."""
     average = folder / "ema.safetensors"
     weights = load_file(average if average.exists() else folder / "policy.safetensors")
     inner = {k.removeprefix("mean."): v for k, v in weights.items()}  # q-learning's policy has the score for its mean
-    return {k.removeprefix("unet."): v for k, v in inner.items() if k.startswith("unet.")}
+    return {k.removeprefix("network."): v for k, v in inner.items() if k.startswith("network.")}
 
 
 # ------------------------------------------------------------------------------------------ the command line
@@ -647,9 +695,9 @@ def settings_of(kind: type[S], arguments: list[str], apart: Mapping[str, Mapping
         file = Path(arguments[at + 1])
         arguments = arguments[:at] + arguments[at + 2 :]
     elif not torch.cuda.is_available() and "--model" not in named:
-        file = kind.embedded
+        file = kind.embedded  # or None: no small model is embedded
     default = kind() if file is None else kind.read(file)
-    if file == kind.embedded:
+    if file is not None and file == kind.embedded:
         for name, others in apart.items():
             default = dataclasses.replace(default, **others) if f"--{name}" in named else default
     return tyro.cli(kind, args=arguments, default=default, description=f"{doc}\n{_more()}")

@@ -278,7 +278,7 @@ def test_pictures_of_another_size_are_refused(model, tmp_path):
 def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
     main(["--model", str(model), "--dry-run", "--out", str(tmp_path / "run")])
     said = capsys.readouterr().out
-    assert "grid: log-snr" in said and "UNet calls per epoch: " in said and not (tmp_path / "run").exists()
+    assert "grid: log-snr" in said and "network calls per epoch: " in said and not (tmp_path / "run").exists()
 
 
 def test_data_are_drawn_by_sample(model, pictures):

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 
 def passes_there(file):
     """Whether the tests of a file pass with the fake device as accelerate's default."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "tests.fake_device", "-p", "no:cacheprovider", file]
+    options = ["-q", "-n", "0", "-p", "tests.fake_device", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, file]
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:]
     return " passed" in done.stdout

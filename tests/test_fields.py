@@ -27,7 +27,7 @@ from benchmarks import cifar10 as forms
 from ctrl import NotFinite, fit
 from ctrl.fields import check_fields, one_of, within
 from ctrl.training.interrupts import RunFailed
-from scale import cifar10, rewards, sd15, settings, tuning
+from scale import cifar10, finetune, rewards, settings, tuning
 from scale.prompts import Prompt
 from scale.recipes.pretrain import Pretrain
 
@@ -48,8 +48,8 @@ BENCHMARKS = [
     pictures.PictureOptions, report.TrainingOptions, throughput.ThroughputOptions,
 ]  # fmt: skip
 SETTINGS = [
-    fit.Settings, settings.Settings, sd15.Evaluate, sd15.Sample, tuning.Export, cifar10.Settings, cifar10.Evaluate,
-    cifar10.Sample, Pretrain, *ALGORITHMS, *BENCHMARKS,
+    fit.Settings, settings.Settings, finetune.Evaluate, finetune.Sample, tuning.Export, cifar10.Settings,
+    cifar10.Evaluate, cifar10.Sample, Pretrain, *ALGORITHMS, *BENCHMARKS,
 ]  # fmt: skip
 NEEDED = {
     "Evaluate": {"run": Path("run")}, "Sample": {"run": Path("run")},

@@ -15,7 +15,8 @@ from ctrl import DDIM, Exponential, Noise, rollout
 from ctrl.problem import ScoreAsAction
 from scale import classifiers, pixels
 from scale.classifiers import Moments, frechet
-from scale.diffusion import Decoded, Score, pictures_of, problem, timesteps
+from scale.diffusion import Decoded, Score, pictures_of, problem
+from scale.families import Ddpm
 from scale.rewards import reward_of
 
 K = 40
@@ -71,7 +72,9 @@ def test_the_process_is_ddim(prediction, clip, eta):
     box.set_timesteps(8)
     task, ids = task_of(made), torch.arange(5)
     start = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-    path = rollout(task, Score.of(made), timesteps(task, 8), Noise(0), ids, solver=DDIM(eta), start=start)
+    path = rollout(
+        task, Score.of(made), Ddpm().timesteps(made.scheduler, task, 8), Noise(0), ids, solver=DDIM(eta), start=start
+    )
     assert path.xi is not None
     x, clipped = start, 0
     for k, timestep in enumerate(box.timesteps):
@@ -111,8 +114,8 @@ def test_the_process_is_ddpm(prediction, monkeypatch):
 def test_too_many_whole_timesteps_are_refused(steps):
     """Where the last of them would be at the end."""
     with pytest.raises(ValueError, match="end above timestep 0"):
-        timesteps(task_of(pipeline()), steps)
-    assert bool((timesteps(task_of(pipeline()), 20).diff() > 0).all())
+        Ddpm().timesteps(pipeline().scheduler, task_of(pipeline()), steps)
+    assert bool((Ddpm().timesteps(pipeline().scheduler, task_of(pipeline()), 20).diff() > 0).all())
 
 
 def test_a_reward_sees_pictures():

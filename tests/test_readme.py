@@ -54,7 +54,7 @@ def test_a_command_line_takes_the_options_it_is_called_with(name, arguments, tmp
     arguments = ["embedded" if "/" in word and before == "--model" else word
                  for before, word in zip([None, *arguments], arguments, strict=False)]  # fmt: skip
     importlib.import_module(f"scale.{name}").main([*arguments, "--dry-run"])
-    assert "UNet calls per epoch: " in capsys.readouterr().out
+    assert "network calls per epoch: " in capsys.readouterr().out
 
 
 def rows(name, panel):

@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel, UNet2DModel
 
 from ctrl.training import checkpoint, files
 from ctrl.training.device import make_accelerator
 from ctrl.training.replay import epoch_bytes
 from ctrl.training.split import whole_at_once
-from scale import cifar10, models, pixels, sd15, settings, tuning
+from scale import cifar10, finetune, models, pixels, settings, tuning
+from scale.families import family_of
 from scale.prompts import read
 from scale.recipes.make_tiny_sd import untrained
 from scale.requirements import Meter, learning, measured, memory, rehearsed
@@ -98,9 +99,9 @@ def test_a_rehearsal_counts_the_calls_of_a_run(model, tmp_path, algorithm, chang
     accelerator = make_accelerator(mixed_precision=s.precision)
     gradient = tuning.differentiable(s)
     outline = models.outline(s.model)
-    expected = rehearsed(s, outline, partial(sd15.parts, s, gradient), gradient, accelerator)
-    task = sd15.assemble(s, None, accelerator)
-    real = Watched(task.policy.unet, task.problem.reference.unet)
+    expected = rehearsed(s, outline, partial(finetune.parts, s, gradient), gradient, accelerator)
+    task = finetune.assemble(s, None, accelerator)
+    real = Watched(task.policy.network, task.problem.reference.network)
     history = tuning.learn(s, task, accelerator)
     calls = [epoch["network_calls"] for epoch in history]
     assert [c["network_calls"] for c in expected[s.pretrain :]] == [
@@ -123,7 +124,9 @@ def test_the_table_of_passes_is_what_a_rehearsal_counts(model):
             short(model, "unused"), algorithm=name, samples=64, steps=20, guidance=5.0, epochs=5, batch=8,
             micro_batch=4, gamma=1e-4 if explores else 0.0, reward="following-soft" if gradient else BLACK_BOX,
         )  # fmt: skip
-        last = rehearsed(s, models.outline(s.model), partial(sd15.parts, s, gradient), gradient, make_accelerator())[-1]
+        last = rehearsed(
+            s, models.outline(s.model), partial(finetune.parts, s, gradient), gradient, make_accelerator()
+        )[-1]
         passes = last["forward"] + last["back"] + last["weights"] - (0 if explores else 128)
         assert passes / 1000 == pytest.approx(float(thousands), abs=0.05)
 
@@ -148,8 +151,8 @@ def test_the_account_of_memory_and_disk_is_what_a_run_takes(model, tmp_path, cha
     s = short(model, tmp_path, samples=16, batch=16, micro_batch=16, **changes)
     accelerator, gradient = make_accelerator(mixed_precision=s.precision), tuning.differentiable(s)
     outline = models.outline(s.model)
-    held, disk = account(s, outline, partial(sd15.parts, s, gradient), gradient, accelerator)
-    task = sd15.assemble(s, None, accelerator)
+    held, disk = account(s, outline, partial(finetune.parts, s, gradient), gradient, accelerator)
+    task = finetune.assemble(s, None, accelerator)
     with Meter() as meter:
         tuning.learn(s, task, accelerator)
     before = held["weights"] + held["untuned weights"]
@@ -162,7 +165,7 @@ def test_the_account_of_memory_and_disk_is_what_a_run_takes(model, tmp_path, cha
 def account(s, outline, parts, gradient, accelerator):
     """Bytes by purpose, and of a checkpoint."""
     if s.lora:
-        sd15.adapters(outline.unet, s.lora)
+        finetune.add_adapters(s, outline)
     tuning.lay_out(s, outline.unet)
     counts = sum(rehearsed(s, outline, parts, gradient, accelerator), Counter())
     task = parts(outline, unmade)
@@ -177,7 +180,7 @@ def test_what_is_split_takes_a_share_of_the_memory(model, tmp_path, processes):
     changes = {"algorithm": "adjoint-matching", "options": ("nodes=32", "updates=2"), "ema": 0.5, "samples": 6}
     whole, split = (short(model, tmp_path, split=split, **changes) for split in (False, True))
     outline = models.outline(whole.model)
-    task = sd15.parts(whole, True, outline, unmade)
+    task = finetune.parts(whole, True, outline, unmade)
     one, shared = (memory(s, task, {"forward": SimpleNamespace(peak=0)}, {}, processes) for s in (whole, split))
     for name in ("weights", "gradients", "optimiser", "untuned weights", "average"):
         assert shared[name] == one[name] // processes > 0
@@ -208,11 +211,11 @@ def test_the_calls_of_an_evaluation_are_counted(model, tmp_path):
               eval_samplers=("heun", "ddim"), eval_steps=(2, 5))  # fmt: skip
     pipeline, untuned = models.load(s.model), models.load(s.model)
     real = Watched(pipeline.unet, untuned.unet)
-    sd15.judged(s, pipeline, untuned, read("shapes-doubtful"), {"reward": reward_of(BLACK_BOX)})
-    plan = sd15.plan_of_evaluation(s)
+    finetune.judged(s, pipeline, untuned, read("shapes-doubtful"), {"reward": reward_of(BLACK_BOX)})
+    plan = finetune.plan_of_evaluation(s, family_of(pipeline))
     assert (
         real.seen["forward"]
-        == sd15.calls_of_evaluation(models.outline(s.model), **plan)
+        == finetune.calls_of_evaluation(models.outline(s.model), **plan)
         == 2 * (2 * (3 * 4 + 2 * (3 + 9 + 2 + 5)) + 2 * (8 + 10))
     )
 
@@ -245,11 +248,11 @@ def test_a_call_of_stable_diffusion_costs_what_it_is_known_to(monkeypatch):
     """803 GFLOP per latent; its activations take 1.75 GiB in float32, .88 in bf16 besides 1.56 for the weights."""
     for precision, activations in (("no", 1.75), ("bf16", 0.88 + 1.56)):
         with torch.device("meta"):
-            unet = sd15.UNet2DConditionModel.from_config(models.SD15_UNET)
-        outline = dataclasses.replace(models.outline("scale/assets/tiny-sd"), unet=unet, vae=None)
-        outline.text_encoder.config.hidden_size = 768
+            unet = UNet2DConditionModel.from_config(models.SD15_UNET)
+        outline = models.outline("scale/assets/tiny-sd").replace(unet=unet, vae=None)
+        outline = dataclasses.replace(outline, widths=dataclasses.replace(outline.widths, embeds=768))
         s = short("embedded", "unused", guidance=1.0, batch=1, micro_batch=1, precision=precision)
-        task = sd15.parts(s, False, outline, unmade)
+        task = finetune.parts(s, False, outline, unmade)
         found = measured(s, task, None, Counter())
         assert found["forward"].flops == pytest.approx(803e9, rel=0.01)
         assert found["update"].flops == pytest.approx(3 * 803e9, rel=0.05)

@@ -25,13 +25,15 @@ import scale.diffusion
 from ctrl import DDIM, Exponential, Noise, Noising, Problem, Solver, StructuredCritic, Trajectory, grids, rollout
 from ctrl.algorithms import DDPO, ActorCritic, Algorithm
 from ctrl.fit import Result, Run, Settings, fit
-from ctrl.noising import VPTable
 from ctrl.value import Critic, NetworkCritic
-from scale import sd15
+from scale import finetune, tuning
 from scale.diffusion import Decoded, Prompts, Score, StandIn, Value, problem
+from scale.families import Encoded
+from scale.families.base import SAMPLERS
+from scale.families.stable_diffusion import StableDiffusion
 from scale.models import SD15_UNET, load
 from scale.prompts import Prompt
-from scale.samplers import REFUSED, SAMPLERS, BlackBox, sampler
+from scale.samplers import REFUSED, BlackBox, sampler
 
 PROMPTS = ["a red fox", "hare", "an owl"]
 GUIDANCE = 3.0
@@ -135,7 +137,7 @@ def train(
     torch.manual_seed(1)
     policy, prompts = Score.of(pipeline, GUIDANCE), Prompts.encode(pipeline, PROMPTS)
     if checkpointing:
-        policy.unet.enable_gradient_checkpointing()
+        policy.network.enable_gradient_checkpointing()
     task = problem(policy.frozen(), Decoded(pipeline.vae, Brightness(False), differentiable=True, chunk=3), beta=0.1)
     critic = structured(task, prompts)
     return fit(task, policy, algorithm, critic=critic, conditions=prompts, settings=settings(**changes))
@@ -150,16 +152,16 @@ def test_many_prompts_are_encoded_in_pieces(pipeline: StableDiffusionPipeline, m
     pipeline.to(device)
     texts = [f"{word} {i}" for i in range(40) for word in ("a fox", "an owl")]
     whole, sizes = Prompts.encode(pipeline, texts), []
-    assert whole.embeds.device == device
+    assert whole.encoded.embeds.device == device
     handle = pipeline.text_encoder.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
     monkeypatch.setattr(scale.diffusion, "ENCODED", 32)
-    monkeypatch.setattr(scale.diffusion, "ON_DEVICE", whole.embeds.nbytes)  # the empty prompt is one more
+    monkeypatch.setattr(scale.diffusion, "ON_DEVICE", whole.encoded.embeds.nbytes)  # the empty prompt is one more
     parts = Prompts.encode(pipeline, texts)
     handle.remove()
-    assert sizes == [32, 32, 17] and parts.embeds.device.type == "cpu"
+    assert sizes == [32, 32, 17] and parts.encoded.embeds.device.type == "cpu"
     ids = torch.tensor([3, 79, 80], device=device)
-    for name in ("embeds", "pooled", "empty"):
-        found, expected = (getattr(table(ids), name) for table in (parts, whole))
+    for of in (lambda cond: cond.embeds, lambda cond: cond.pooled, lambda cond: cond.empty[0]):
+        found, expected = of(parts(ids)), of(whole(ids))
         assert found.device == device
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -434,7 +436,7 @@ def test_conditions_are_picked_like_tensors(pipeline: StableDiffusionPipeline) -
     assert [p.text for p in cond.prompts] == ["hare", "a red fox", "an owl"]
     for piece in (slice(1, 3), torch.tensor([2, 0, 0])):
         torch.testing.assert_close(cond[piece].embeds, text[[1, 0, 2]][piece])
-        torch.testing.assert_close(cond[piece].empty, empty[[0, 1, 2]][piece])
+        torch.testing.assert_close(cond[piece].empty[0], empty[[0, 1, 2]][piece])
         assert cond[piece].prompts == [cond.prompts[i] for i in torch.arange(3)[piece]]
         assert len(cond[piece].pooled) == len(cond[piece])
 
@@ -530,7 +532,7 @@ def test_the_trained_unet_goes_back_into_the_pipeline(folder: Path, tmp_path: Pa
         return pipeline(PROMPTS[:2], num_inference_steps=3, latents=start, output_type="pt").images
 
     assert isinstance(result.policy, Score) and isinstance(result.ema, Score)
-    assert pipeline.unet is result.policy.unet
+    assert pipeline.unet is result.policy.network
     images = []
     for trained in (result.policy, result.ema):
         pipeline.unet = trained.unet
@@ -565,8 +567,8 @@ def test_full_size_has_a_critic_of_that_size(pipeline: StableDiffusionPipeline) 
     """By the command: 64 latents a side are halved four times, by the critic and by its stand-in."""
     task = problem(Score.of(pipeline), Decoded(pipeline.vae, Brightness(True)), beta=1.0)
     task = dataclasses.replace(task, shape=(4, 64, 64))
-    settings = sd15.Settings(model="mine", critic="structured", critic_width=8)
-    critic = sd15.critic_of(settings, task, 16, differentiable=False)
+    settings = finetune.Settings(model="mine", critic="structured", critic_width=8)
+    critic = tuning.critic_of(settings, task, False, 16)
     assert isinstance(critic, StructuredCritic) and isinstance(critic.stand_in, StandIn)
     assert isinstance(critic.network, Value)
     for tower in (critic.network.tower, critic.stand_in.tower):
@@ -581,12 +583,12 @@ def full_size(device: str) -> Score:
     with torch.device(device):
         unet = UNet2DConditionModel.from_config(SD15_UNET)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000).square()
-    return Score(unet, VPTable(betas.tolist()))
+    return Score(unet, DDIMScheduler(trained_betas=betas.tolist()), StableDiffusion(), (64, 64))
 
 
 def test_the_architecture_of_sd15_is_the_public_one():
     """Its number of parameters and tensors, and where the public files have them."""
-    found = {name: tuple(p.shape) for name, p in full_size("meta").unet.state_dict().items()}
+    found = {name: tuple(p.shape) for name, p in full_size("meta").network.state_dict().items()}
     assert sum(math.prod(shape) for shape in found.values()) == 859_520_964 and len(found) == 686
     known = {
         "conv_in.weight": (320, 4, 3, 3),
@@ -609,7 +611,8 @@ def test_half_precision_at_full_width():
     torch.manual_seed(0)
     policy = full_size("cpu")
     words = torch.randn(2, 77, 768)
-    prompts = Prompts([Prompt("a"), Prompt("b")], words, words[:, 0], words[:1])
+    given = Encoded(words, torch.zeros(2, 0), words[:, 0])
+    prompts = Prompts([Prompt("a"), Prompt("b")], given, given[:1])
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([0.3, 0.7])
     found = []
     for half in (False, True):
@@ -619,7 +622,7 @@ def test_half_precision_at_full_width():
             loss = (a - x).square().mean()
         assert a.dtype is loss.dtype is torch.float32
         loss.backward()
-        grads = [policy.unet.conv_in.weight.grad, policy.unet.mid_block.attentions[0].proj_in.weight.grad]
+        grads = [policy.network.conv_in.weight.grad, policy.network.mid_block.attentions[0].proj_in.weight.grad]
         found.append([a.detach(), *(g.clone() for g in grads)])
     for full, rounded, operations in zip(*found, (400, 800, 800), strict=True):
         assert float((full - rounded).norm() / full.norm()) < 2**-9 * operations**0.5

@@ -30,13 +30,14 @@ from ctrl.algorithms import KLBudget
 from ctrl.fit import fit
 from ctrl.training.device import is_cpu
 from ctrl.training.lock import FILE
-from scale import models, sd15, tuning
+from scale import finetune, models, tuning
 from scale.evaluate import draw
+from scale.finetune import Evaluate, Export, Sample, evaluate_run, export, sample, settings_of, train
 from scale.prompts import Prompt, read
 from scale.recipes import make_tiny_sd
 from scale.recipes.make_tiny_sd import Recipe, untrained
 from scale.rewards import reward_of
-from scale.sd15 import Evaluate, Export, Sample, evaluate_run, export, main, sample, settings_of, train
+from scale.sd15 import main
 from scale.settings import ASSETS, EMBEDDED, Settings
 from scale.shapes import judge, parse
 from scale.tuning import algorithm_of, learn
@@ -59,7 +60,7 @@ def model(tmp_path_factory):
 def float32(monkeypatch):
     """And accelerate, which has one precision a process, begins anew."""
     torch.set_default_dtype(torch.float32)
-    monkeypatch.setattr(sd15.Watch, "STEPS", 2)
+    monkeypatch.setattr(finetune.Watch, "STEPS", 2)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 
@@ -145,7 +146,7 @@ def test_the_card_names_its_base_and_quotes_its_prompt(run, model, tmp_path):
     assert run.evaluation.summary() in body
     (tmp_path / "pipeline").mkdir()
     s = dataclasses.replace(Settings.read(run.out / "config.json"), out=tmp_path)
-    sd15.card(s, Prompt('a "red" fox\n'), run.evaluation)
+    finetune.card(s, Prompt('a "red" fox\n'), run.evaluation)
     ast.parse(block_of(tmp_path / "pipeline" / "README.md"))
 
 
@@ -179,7 +180,7 @@ def test_a_stopped_run_goes_on(model, tmp_path):
     folder = export(Export(tmp_path / "whole", epoch=1))
     exported = StableDiffusionPipeline.from_pretrained(tmp_path / "whole" / "pipeline").unet.state_dict()
     held = load_file(folder / "policy.safetensors")
-    assert folder.name == "epoch-000001" and all(torch.equal(v, held[f"unet.{k}"]) for k, v in exported.items())
+    assert folder.name == "epoch-000001" and all(torch.equal(v, held[f"network.{k}"]) for k, v in exported.items())
     lines = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()
     merits = [m["reward"] - 0.1 * m["kl"] for m in map(json.loads, lines)]
     assert export(Export(tmp_path / "whole")).name == f"epoch-{1 + merits.index(max(merits)):06d}"
@@ -200,7 +201,7 @@ def test_a_run_holds_its_folder_from_before_the_model_is_loaded_to_after_the_eva
 
         monkeypatch.setattr(part, name, work)
 
-    for part, name in ((models, "load"), (tuning, "pretrain"), (tuning, "fit"), (sd15, "evaluate")):
+    for part, name in ((models, "load"), (tuning, "pretrain"), (tuning, "fit"), (finetune, "evaluate")):
         watched(part, name)
     train(short(model, tmp_path / "run", epochs=1, pretrain=1, eval_samples=2, eval_steps=()))
     assert [name for name, _ in held] == ["load", "pretrain", "fit", "fit", "evaluate"]
@@ -349,8 +350,8 @@ def test_a_stopped_run_with_adapters_goes_on(model, tmp_path):
     whole = train(given).pipeline.unet.state_dict()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "epoch-000002")
     again = train(dataclasses.replace(given, resume=True)).pipeline.unet
-    trained = {f"unet.{name}": p for name, p in again.named_parameters() if p.requires_grad}
-    assert all(torch.equal(whole[name.removeprefix("unet.")], p) for name, p in trained.items())
+    trained = {f"network.{name}": p for name, p in again.named_parameters() if p.requires_grad}
+    assert all(torch.equal(whole[name.removeprefix("network.")], p) for name, p in trained.items())
     folder = export(Export(tmp_path / "run", epoch=1))
     held = [load_file(folder / file) for file in ("policy.safetensors", "ema.safetensors")]
     assert {*held[0]} == {*held[1]} == {*trained}
@@ -361,7 +362,7 @@ def test_a_stopped_run_with_adapters_goes_on(model, tmp_path):
 def first_weights(model, tmp_path, **changes):
     """Of the adapters and the critic, in one vector, after the process has drawn for other reasons."""
     torch.seed()
-    task = sd15.assemble(short(model, tmp_path, **changes), None, Accelerator())
+    task = finetune.assemble(short(model, tmp_path, **changes), None, Accelerator())
     parameters = [p for m in (task.policy, task.critic) for p in m.parameters() if p.requires_grad]
     return torch.cat([p.detach().cpu().flatten() for p in parameters])
 
@@ -379,7 +380,7 @@ def trained(model, out):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "load", lambda *given, load=models.load: load(*given).to(torch.float64))
         s, accelerator = short(model, out, samples=2, steps=2, lora=2, lr=0.1, critic_lr=0.1), Accelerator()
-        task = sd15.assemble(s, None, accelerator)
+        task = finetune.assemble(s, None, accelerator)
     descent = dataclasses.replace(task, fit=dataclasses.replace(task.fit, optimizer=torch.optim.SGD))
     history = learn(s, descent, accelerator)
     weights = [p for m in (task.learner, task.critic) for p in m.parameters() if p.requires_grad]
@@ -416,7 +417,7 @@ UPDATES = {
 def gradients(folder, **changes):
     """Of an update's loss in the trained weights, and of the reference's sum in x; adapters are not zero."""
     s = short("embedded", folder, samples=2, steps=2, solver="ddim", critic="structured", **changes)
-    task = sd15.assemble(s, None, Accelerator())
+    task = finetune.assemble(s, None, Accelerator())
     for name, p in task.policy.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(p, std=0.1)
@@ -638,13 +639,13 @@ def test_training_frees_its_optimisers_before_the_evaluation(model, tmp_path, mo
         made.append(weakref.ref(optimizer))
         return optimizer
 
-    def look(s, pipeline, *given, judged=sd15.judged):
+    def look(s, pipeline, *given, judged=finetune.judged):
         gc.collect()
         seen.append(([ref() for ref in made], [p for p in pipeline.unet.parameters() if p.grad is not None]))
         return judged(s, pipeline, *given)
 
     monkeypatch.setattr(tuning, "optimizer_of", lambda s: adam)
-    monkeypatch.setattr(sd15, "judged", look)
+    monkeypatch.setattr(finetune, "judged", look)
     train(short(model, tmp_path / "run", epochs=1, pictures_every=0))
     assert seen == [([None, None], [])]
 
@@ -733,7 +734,7 @@ def test_a_trial_is_small_and_of_everything(model, tmp_path):
 def test_what_cannot_be_is_said_before_weights_are_loaded(model, tmp_path, monkeypatch, changes, message):
     """By a run, and by a dry one."""
     monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", None)
-    for work in (train, sd15.dry_run):
+    for work in (train, finetune.dry_run):
         with pytest.raises(ValueError, match=message):
             work(short(model, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
@@ -741,14 +742,14 @@ def test_what_cannot_be_is_said_before_weights_are_loaded(model, tmp_path, monke
 
 def test_settings_come_from_a_file_and_the_command_line_has_the_last_word(tmp_path, capsys):
     (tmp_path / "mine.yaml").write_text("model: here\nlr: 1e-5\nsteps: 7\neval_steps: [3, 4]\noptions: [nodes=8]\n")
-    s = settings_of(["--config", str(tmp_path / "mine.yaml"), "--steps", "9"])
+    s = settings_of(Settings, ["--config", str(tmp_path / "mine.yaml"), "--steps", "9"])
     assert (s.model, s.lr, s.steps, s.eval_steps, s.options) == ("here", 1e-5, 9, (3, 4), ("nodes=8",))
     (tmp_path / "mine.json").write_text(json.dumps({"guidance": 3.0}))
-    assert settings_of(["--config", str(tmp_path / "mine.json")]).guidance == 3.0
+    assert settings_of(Settings, ["--config", str(tmp_path / "mine.json")]).guidance == 3.0
     (tmp_path / "wrong.yaml").write_text("stepz: 7")
     for file, message in (("wrong.yaml", "stepz"), ("not_there", "there is no file")):
         with pytest.raises(ValueError, match=message):
-            settings_of(["--config", str(tmp_path / file)])
+            settings_of(Settings, ["--config", str(tmp_path / file)])
     with pytest.raises(SystemExit):
         main(["--help"])
     assert "--guidance" in capsys.readouterr().out
@@ -756,14 +757,14 @@ def test_settings_come_from_a_file_and_the_command_line_has_the_last_word(tmp_pa
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_embedded_model_is_trained():
-    assert settings_of([]) == Settings.read(EMBEDDED)
-    assert settings_of(["--model", "mine"]) == Settings(model="mine")
+    assert settings_of(Settings, []) == Settings.read(EMBEDDED)
+    assert settings_of(Settings, ["--model", "mine"]) == Settings(model="mine")
 
 
 def test_a_dry_run_says_what_it_would_need(model, tmp_path, capsys):
     main(["--model", str(model), "--out", str(tmp_path / "run"), "--dry-run", "--steps", "7", "--samples", "3"])
     said = capsys.readouterr().out
-    assert "steps: 7" in said and "UNet calls per epoch: " in said and "hours at " in said
+    assert "steps: 7" in said and "network calls per epoch: " in said and "hours at " in said
     assert not (tmp_path / "run").exists()
     assert "# warning" not in said
     main(["--model", str(model), "--out", str(tmp_path / "run"), "--dry-run", "--eval-samples", "16"])
@@ -819,9 +820,9 @@ def test_a_black_box_has_a_kl_budget_unless_beta_is_given(monkeypatch):
     """On the embedded model; beta would not be used beside a budget that nobody set."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     reward = ["--reward", "jpeg-compressibility"]
-    assert settings_of(reward).kl == 1.5 and settings_of([]).kl is None
-    assert settings_of([*reward, "--beta", "0.05"]).kl is None
-    assert settings_of([*reward, "--beta", "0.05", "--kl", "3"]).kl == 3.0
+    assert settings_of(Settings, reward).kl == 1.5 and settings_of(Settings, []).kl is None
+    assert settings_of(Settings, [*reward, "--beta", "0.05"]).kl is None
+    assert settings_of(Settings, [*reward, "--beta", "0.05", "--kl", "3"]).kl == 3.0
 
 
 @pytest.mark.parametrize(
@@ -854,7 +855,7 @@ def test_decided_is_independent_of_batch_size_and_grows_along_the_path(model, tm
     found = []
     for batch in (3, 64):
         s = short(model, tmp_path / str(batch), reward="jpeg-compressibility", eval_samples=8, batch=batch, steps=6)
-        rows = json.loads((sd15.measure_decided(s) / "decided.json").read_text())["rows"]
+        rows = json.loads((finetune.measure_decided(s) / "decided.json").read_text())["rows"]
         assert [row["step"] for row in rows] == list(range(6)) and (s.out / "decided.png").is_file()
         found.append(torch.tensor([[row["log_snr"], row["share"], row["se"]] for row in rows]))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-3)

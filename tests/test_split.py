@@ -30,9 +30,9 @@ from ctrl.solvers import DDIM
 from ctrl.training import files
 from ctrl.training.interrupts import RunFailed
 from ctrl.training.split import PARTS, is_split, parts_of, whole, whole_at_once
+from scale import finetune, sd3, sd15
 from scale import models as pipelines
-from scale import sd15
-from scale.settings import EMBEDDED
+from scale.families import network_of
 from tests.processes import member, several
 from toy import catalogue
 from toy.networks import Policy, Value
@@ -49,6 +49,7 @@ CASES = {
 }
 """Updates of an odd number of nodes: processes have unequal shares, which take unequal numbers of micro-batches."""
 RESUMED = {**CASES["actor-critic"], "epochs": 4, "schedule": lambda progress: 1.0}
+SD3 = "forward-matching on a rectified flow"
 LONG = {
     "adjoint-matching": {
         "algorithm": "adjoint-matching", "options": ("nodes=32", "updates=2"), "ema": 0.9, "pictures_every": 2,
@@ -61,6 +62,7 @@ LONG = {
         "algorithm": "actor-critic", "critic": "network", "pretrain": 1, "pictures_every": 0,
         "options": ("nodes=32", "critic_updates=3", "actor_updates=2", "keep=2"),
     },
+    SD3: {"algorithm": "forward-matching", "options": ("nodes=32", "updates=2"), "pictures_every": 0},
 }  # fmt: skip
 
 
@@ -137,12 +139,13 @@ def failing_on(rank):
 def embedded(out, split, algorithm, **changes):
     """A short run of the command on the embedded model."""
     AcceleratorState._reset_state()
+    command = sd3 if algorithm == SD3 else sd15
     settings = dataclasses.replace(
-        sd15.Settings.read(EMBEDDED), out=Path(out), split=split, log_with="none", epochs=3,
+        command.Settings.read(command.Settings.embedded), out=Path(out), split=split, log_with="none", epochs=3,
         samples=8, steps=4, eval_samples=4, eval_headline=4, eval_grid_samples=2, eval_steps=(4,),
-        eval_samplers=("ddim",), eval_kl_samples=2, checkpoint_every=1, seed=5, **LONG[algorithm], **changes,
+        eval_samplers=("euler",), eval_kl_samples=2, checkpoint_every=1, seed=5, **LONG[algorithm], **changes,
     )  # fmt: skip
-    return sd15.train(settings)
+    return finetune.train(settings)
 
 
 def worker(folder, algorithm, rank, world):
@@ -277,8 +280,8 @@ def test_stable_diffusion_is_split(algorithm, tmp_path):
     torch.set_default_dtype(torch.float32)
     with several(2, __file__, tmp_path, algorithm):
         whole_run = embedded(tmp_path / "whole", False, algorithm)
-    expected = whole_run.pipeline.unet.state_dict()
-    found = pipelines.load(str(tmp_path / "run" / "pipeline")).unet.state_dict()
+    expected = network_of(whole_run.pipeline).state_dict()
+    found = network_of(pipelines.load(str(tmp_path / "run" / "pipeline"))).state_dict()
     same(found, expected, 1e-4)
     assert {"report.html", "evaluation.json"} <= {file.name for file in (tmp_path / "run").iterdir()}
     if not LONG[algorithm]["pictures_every"]:
@@ -286,7 +289,7 @@ def test_stable_diffusion_is_split(algorithm, tmp_path):
     assert (tmp_path / "run" / "pictures" / "epoch-000002.png").exists()
     shutil.rmtree(files.newest(tmp_path / "run"))
     resumed = embedded(tmp_path / "run", False, algorithm, resume=True)
-    same(resumed.pipeline.unet.state_dict(), expected, 1e-4)
+    same(network_of(resumed.pipeline).state_dict(), expected, 1e-4)
 
 
 if __name__ == "__main__":

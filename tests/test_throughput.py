@@ -12,13 +12,14 @@ from contextlib import contextmanager, nullcontext, suppress
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from benchmarks import throughput
 from benchmarks.memory import mebibytes
 from benchmarks.speed import gpu, peer, race, scaling, subjects, timing
 from benchmarks.speed.timing import Comparison, Pass, Passes, Profile, interleaved, patched, ratio
-from scale import models, sd15, tuning
+from scale import finetune, models, tuning
 from scale.settings import EMBEDDED
 
 
@@ -264,7 +265,7 @@ def test_what_the_accelerator_would_measure_is_measured(tmp_path):
     small = {"samples": 2, "batch": 2, "steps": 4, "micro_batch": 2, "prompts": "shapes"}
     found = gpu.apart(peer.MODEL, small | {"options": ["nodes=4", "updates=1", "keep=1"]})
     assert found["images"] == 2 and found["images_per_second"] == pytest.approx(2 / found["seconds"])
-    assert found["share"] == 2 / sd15.Settings.samples
+    assert found["share"] == 2 / finetune.Settings.samples
     unet = gpu.flops(models.load(str(peer.MODEL)).unet.config)
     # under guidance each is two: 4 steps and the last node, the reference at 5 nodes, a path compared, an update at 4
     # nodes, and the reference there, for its images are noised anew
@@ -276,14 +277,14 @@ def test_what_the_accelerator_would_measure_is_measured(tmp_path):
 def calls_per_image(folder, share):
     """Network calls per image of an epoch by default; steps are few, which are not what is looked at."""
     s = gpu.settings(peer.MODEL, folder, share, steps=2, precision="no", batch=64, micro_batch=64)
-    run = subjects.fine_tuning("gpu", sd15, s, 1.0).run
+    run = subjects.fine_tuning("gpu", finetune, s, 1.0).run
     run.step_epoch()
     return run.metrics.counts["network_calls"] / s.samples
 
 
 def test_the_defaults_are_what_is_measured():
     """Of each update as many nodes per image; nothing else but the reward and what is written."""
-    s, default = gpu.settings(peer.MODEL, peer.MODEL), sd15.Settings()
+    s, default = gpu.settings(peer.MODEL, peer.MODEL), finetune.Settings()
     changed = {name for name, value in s.plain().items() if value != default.plain()[name]}
     assert changed <= {"model", "out", "reward", "other_reward", "log_with", "epochs", "samples", "options"}
     each = [tuning.algorithm_of(settings, noisy=True) for settings in (s, default)]
@@ -295,7 +296,7 @@ def test_the_defaults_are_what_is_measured():
 def test_a_share_of_an_epoch_takes_as_many_calls_per_image(tmp_path):
     """One image per epoch or four, but for the path of three nodes by which rollouts and updates are compared once per
     epoch, at most of policy and reference."""
-    one, four = (calls_per_image(tmp_path, sd15.Settings.samples // n) for n in (1, 4))
+    one, four = (calls_per_image(tmp_path, finetune.Settings.samples // n) for n in (1, 4))
     assert 0 <= one - four <= 2 * 3 * (1 - 1 / 4) < four / 8
 
 
@@ -374,7 +375,7 @@ def test_a_side_answers_and_keeps_its_unet(tmp_path):
     assert first["images"] == 4 and 0 < first["reward"] < 1
     assert first["network_calls"] == 3 + 1 + 3  # a rollout with its last node, an update: nobody asks the reference
     before = models.load(str(EMBEDDED.with_suffix(""))).unet.state_dict()
-    after = sd15.UNet2DConditionModel.from_pretrained(tmp_path).state_dict()
+    after = UNet2DConditionModel.from_pretrained(tmp_path).state_dict()
     assert any(not torch.equal(before[k], v) for k, v in after.items())
 
 

@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from ctrl import DDIM, Estimate, Heun
+from ctrl import DDIM, Estimate, Heun, grids
 from ctrl.algorithms import NextValue, PPOPenalty, TDForm
 from ctrl.training import files
 from ctrl.training.guards import Guards
@@ -33,6 +33,7 @@ class Mine(Tuning):
     limits: ClassVar[dict[str, str]] = {**LIMITS, "classes": ">= 1"}
     free: ClassVar[frozenset[str]] = FREE | {"said"}
     embedded: ClassVar[Path] = Path("not_there.yaml")
+    events: ClassVar[str] = "mine"
 
     model: str = "mine"
     reward: str = "jpeg-compressibility"
@@ -228,11 +229,11 @@ def test_options_reach_a_part(name, kind):
 def test_a_box_has_its_own_times_and_its_own_noise(pipeline):
     s = Mine(solver="diffusers/ddim", reward_lr=0.3, steps=10).resolved()
     box = tuning.solver_of(s, pipeline)
-    made = tuning.fit_settings(s, box)
+    made = tuning.fit_settings(s, box, tuning.grid_of(s, pipeline))
     assert isinstance(box, BlackBox) and (made.grid, made.jitter, made.reward_lr) == (box.grid, 0.0, 0.3)
     noisy = tuning.solver_of(Mine(solver="diffusers/sde-dpmsolver++"), pipeline)
     assert (tuning.eta_of(s, box), tuning.eta_of(s, noisy), tuning.eta_of(Mine(eta=0.5), DDIM())) == (0.0, 1.0, 0.5)
-    own = tuning.fit_settings(Mine(jitter=0.2).resolved(), tuning.solver_of(Mine(solver="heun"), pipeline))
+    own = tuning.fit_settings(Mine(jitter=0.2).resolved(), Heun(), grids.natural)
     assert isinstance(own.solver, Heun) and own.jitter == 0.2 and own.epochs == 3
 
 
@@ -292,14 +293,14 @@ def test_a_folder_with_a_run_is_not_written_over(tmp_path):
 
 
 def test_what_an_earlier_run_left_goes_and_the_settings_are_kept(tmp_path, capsys):
-    for name in ("checkpoints", "mine", "report.html", "extra", "notes"):
+    for name in ("checkpoints", "mine", "report.html", "lora", "notes"):
         (tmp_path / name).mkdir()
     s = Mine(out=tmp_path, overwrite=True, log_with="none", algorithm="td-form").resolved()
     task = tuning.Task(problem=None, policy=torch.nn.Linear(3, 2), learner=None, algorithm=None, critic=None,
                        conditions=None, fit=None)  # fmt: skip
     task.policy.bias.requires_grad_(False)
     accelerator = tuning.accelerator_of(s)
-    tuning.begin(s, task, accelerator, "mine", left=("extra",))
+    tuning.begin(s, task, accelerator)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["config.json", "notes"]
     assert Mine.read(tmp_path / "config.json") == s
@@ -315,7 +316,8 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
         folder = tmp_path / "checkpoints" / f"epoch-{epoch:06d}"
         folder.mkdir(parents=True)
         save_file(
-            {"mean.unet.w": torch.full((1,), float(epoch)), "mean.other": torch.zeros(1)}, folder / "policy.safetensors"
+            {"mean.network.w": torch.full((1,), float(epoch)), "mean.other": torch.zeros(1)},
+            folder / "policy.safetensors",
         )
         (folder / files.PROGRESS).write_text("{}")
         (folder / files.MANIFEST).write_text(json.dumps(files.manifest(folder)))
@@ -323,9 +325,9 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert tuning.chosen(tuning.Export(tmp_path), 0.1).name == "epoch-000002"
     assert tuning.chosen(tuning.Export(tmp_path), 1.0).name == "epoch-000001"
-    assert tuning.unet_weights(tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)) == {"w": torch.tensor([3.0])}
-    save_file({"unet.w": torch.tensor([9.0])}, tmp_path / "checkpoints" / "epoch-000003" / "ema.safetensors")
-    assert tuning.unet_weights(tmp_path / "checkpoints" / "epoch-000003") == {"w": torch.tensor([9.0])}
+    assert tuning.network_weights(tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)) == {"w": torch.tensor([3.0])}
+    save_file({"network.w": torch.tensor([9.0])}, tmp_path / "checkpoints" / "epoch-000003" / "ema.safetensors")
+    assert tuning.network_weights(tmp_path / "checkpoints" / "epoch-000003") == {"w": torch.tensor([9.0])}
     (tmp_path / "checkpoints" / "epoch-000003" / "policy.safetensors").write_bytes(b"torn")
     with pytest.raises(ValueError, match="is not whole"):
         tuning.chosen(tuning.Export(tmp_path, epoch=3), 0.1)
@@ -333,11 +335,14 @@ def test_the_best_checkpoint_is_chosen_and_its_average_read(tmp_path):
 
 def test_a_checkpoint_of_a_part_is_enough_if_it_is_what_is_trained(tmp_path):
     unet = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 1))
-    file, ours = tmp_path / "policy.safetensors", {f"unet.{name}": v + 1 for name, v in unet[1:].state_dict().items()}
+    file, ours = (
+        tmp_path / "policy.safetensors",
+        {f"network.{name}": v + 1 for name, v in unet[1:].state_dict().items()},
+    )
     save_file(ours, file)
     tuning.restore(unet, tmp_path)
-    assert all(torch.equal(v, ours[f"unet.{name}"]) for name, v in unet[1:].state_dict().items())
-    for wrong in ({"unet.1.weight": torch.zeros(1, 2)}, {**ours, "unet.2.weight": torch.zeros(1)}):
+    assert all(torch.equal(v, ours[f"network.{name}"]) for name, v in unet[1:].state_dict().items())
+    for wrong in ({"network.1.weight": torch.zeros(1, 2)}, {**ours, "network.2.weight": torch.zeros(1)}):
         save_file(wrong, file)
         with pytest.raises(ValueError, match=r"is of another model: (1\.bias|2\.weight) is not in both"):
             tuning.restore(unet, tmp_path)

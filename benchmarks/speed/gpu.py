@@ -31,6 +31,7 @@ from statistics import median
 from typing import Any, cast
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -42,7 +43,7 @@ from benchmarks.report import Row, number
 from benchmarks.speed.subjects import fine_tuning
 from benchmarks.speed.timing import Pass, Passes, seconds
 from ctrl.fit import Run
-from scale import models, sd15, tuning
+from scale import finetune, models, tuning
 from scale.diffusion import Score
 
 LEAN: dict[str, Any] = {"precision": "bf16", "gradient_checkpointing": True}
@@ -72,9 +73,9 @@ OUT_OF_MEMORY = "out of memory"
 """A result like others; what else fails is an error, after everything is written."""
 
 
-def settings(model: Path, out: Path, share: int = SHARE, **options: Any) -> sd15.Settings:
+def settings(model: Path, out: Path, share: int = SHARE, **options: Any) -> finetune.Settings:
     """The defaults, at one in `share` of the images and nodes of an epoch."""
-    s = sd15.Settings(
+    s = finetune.Settings(
         model=str(model), out=out, reward="jpeg-compressibility", other_reward=None, log_with="none", epochs=10**6
     )
     nodes = tuning.algorithm_of(s, noisy=True).nodes
@@ -90,7 +91,7 @@ def gpu(quick: bool) -> list[Row]:
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
-        models.untrained(models.load(str(sd15.Settings.embedded.with_suffix(""))).tokenizer).save_pretrained(model)
+        models.untrained(models.load(str(finetune.Settings.embedded.with_suffix(""))).tokenizer).save_pretrained(model)
         for name, options in tqdm(list(CASES.items())[: 2 if quick else None], "options"):
             if lacking := [NEEDS[o] for o in options if o in NEEDS and find_spec(NEEDS[o]) is None]:
                 print(f"gpu: {name}: not measured, {lacking[0]} is not installed")
@@ -123,7 +124,7 @@ def apart(model: Path, options: dict[str, Any], gibibytes: float | None = None) 
 
 def prepared(model: Path, options: dict[str, Any], folder: str) -> Run:
     """A run whose store is full and which has warmed up."""
-    run = fine_tuning("gpu", sd15, settings(model, Path(folder), **options), 1.0).run
+    run = fine_tuning("gpu", finetune, settings(model, Path(folder), **options), 1.0).run
     for _ in range(run.algorithm.keep):
         run.step_epoch()
     return run
@@ -140,7 +141,7 @@ def tried(model: Path, options: dict[str, Any], gibibytes: float, folder: str) -
 def measured(model: Path, options: dict[str, Any], folder: str) -> Row:
     """The median time of EPOCHS, and the most memory."""
     run = prepared(model, options, folder)
-    done = arithmetic(run, flops(sd15.UNet2DConditionModel.load_config(model, subfolder="unet")))
+    done = arithmetic(run, flops(UNet2DConditionModel.load_config(model, subfolder="unet")))
     cuda, times = torch.cuda.is_available(), list[float]()
     if cuda:
         torch.cuda.empty_cache()
@@ -150,7 +151,7 @@ def measured(model: Path, options: dict[str, Any], folder: str) -> Row:
     spent = median(times)
     peak = next((v for name, v in PEAKS.items() if cuda and name in torch.cuda.get_device_name()), None)
     return {
-        "images": images, "share": images / sd15.Settings.samples, "seconds": spent, "seconds_min": min(times),
+        "images": images, "share": images / finetune.Settings.samples, "seconds": spent, "seconds_min": min(times),
         "seconds_max": max(times), "images_per_second": images / spent,
         "network_calls": (run.metrics.counts["network_calls"] - before) / (EPOCHS * images),
         "gibibytes": None if most is None else most / 1024,
@@ -178,7 +179,7 @@ def ways(p: Pass) -> int:
 def flops(config: Any, tokens: int = 77) -> int:
     """Of one picture's way through the UNet, counted on tensors without contents."""
     with torch.device("meta"):
-        unet = sd15.UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(config)
         size = unet.config.sample_size
         given = torch.zeros(1, unet.config.in_channels, size, size), torch.zeros(1)
         text = torch.zeros(1, tokens, unet.config.cross_attention_dim)

@@ -194,7 +194,7 @@ class Ours:
 
     def __init__(self, work: Work) -> None:
         from benchmarks.speed.subjects import embedded
-        from scale import sd15
+        from scale import finetune
 
         nodes = work.samples * work.steps // work.updates
         same = {
@@ -204,7 +204,7 @@ class Ours:
             "seed": work.seed, "other_reward": None,
         }  # fmt: skip
         given = same | {k: tuple(v) if isinstance(v, list) else v for k, v in work.own.items()}
-        subject = embedded("ours", sd15, Path(tempfile.mkdtemp()), 1.0, **given)
+        subject = embedded("ours", finetune, Path(tempfile.mkdtemp()), 1.0, **given)
         self.run, self.unet = subject.run, cast(Any, subject.networks[0])
 
     def epoch(self) -> float:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from benchmarks.report import Row, digest, kept, leave, number, over_seeds, with_commits
 from benchmarks.speed.peer import PINNED, PROMPTS, Work, started
 from benchmarks.speed.timing import ratio
-from scale import models, prompts, sd15, shapes
+from scale import finetune, models, prompts, shapes
 from scale.diffusion import Prompts, Score, problem
 from scale.evaluate import draw, nats
 
@@ -228,7 +228,7 @@ def crossing(first: Look, last: Look) -> Look:
 
 def untuned() -> StableDiffusionPipeline:
     """The embedded pipeline."""
-    return models.load(str(sd15.Settings.embedded.with_suffix("")))
+    return models.load(str(finetune.Settings.embedded.with_suffix("")))
 
 
 def rewarded(pipeline: StableDiffusionPipeline, steps: int) -> float:

@@ -29,7 +29,7 @@ from benchmarks.speed.timing import ratio, seconds
 from ctrl import NetworkCritic
 from ctrl.algorithms import ActorCritic
 from ctrl.fit import Run, Settings
-from scale import models, sd15
+from scale import finetune, models
 from toy import catalogue
 from toy.networks import Policy, Value
 
@@ -88,7 +88,7 @@ def of_many(rank: int, world: int) -> dict[str, str]:
 
 def wider(factor: int, folder: Path) -> Path:
     """The embedded pipeline with a UNet of `factor` times as many channels, untrained."""
-    pipeline = models.load(str(sd15.Settings.embedded.with_suffix("")))
+    pipeline = models.load(str(finetune.Settings.embedded.with_suffix("")))
     config = dict(pipeline.unet.config)
     config["block_out_channels"] = tuple(factor * c for c in config["block_out_channels"])
     pipeline.unet = UNet2DConditionModel.from_config(config)

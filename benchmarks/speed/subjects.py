@@ -116,4 +116,4 @@ def fine_tuning(name: str, module: Any, s: Any, bar: float) -> Subject:
         task.problem, task.learner, Noting(task.algorithm), task.critic, task.conditions, replace(task.fit, out=None),
         accelerator,
     )  # fmt: skip
-    return Subject(name, run, (task.policy.unet, task.problem.reference.unet), bar)
+    return Subject(name, run, (task.policy.network, task.problem.reference.network), bar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,16 @@ def adam(parameters: Sequence[nn.Parameter], lr: float) -> torch.optim.Optimizer
 def linear_decay(progress: float) -> float:
     """From 1 to 0.1 over the run."""
     return 1 - 0.9 * progress
+
+
+def cosine_decay(progress: float) -> float:
+    """From 1 to 0.1 over the run, level at both ends."""
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * progress))
+
+
+def constant(progress: float) -> float:
+    """1: the run may be gone on with for longer."""
+    return 1.0
 
 
 @dataclass(frozen=True)
