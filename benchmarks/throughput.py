@@ -173,7 +173,7 @@ def beside_pipeline(samples: int, guidance: float, steps: int = 20) -> Compariso
 
     def theirs() -> object:
         return pipeline(
-            prompt_embeds=cond.embeds, negative_prompt_embeds=cond.empty, num_inference_steps=steps,
+            prompt_embeds=cond.embeds, negative_prompt_embeds=cond.empty[0], num_inference_steps=steps,
             guidance_scale=guidance, eta=1.0, generator=generator, output_type="latent",
         )  # fmt: skip
 

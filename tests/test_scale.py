@@ -535,7 +535,7 @@ def test_the_trained_unet_goes_back_into_the_pipeline(folder: Path, tmp_path: Pa
     assert pipeline.unet is result.policy.network
     images = []
     for trained in (result.policy, result.ema):
-        pipeline.unet = trained.unet
+        pipeline.unet = trained.network
         images.append(draw(pipeline.to("cpu")))
         pipeline.save_pretrained(tmp_path / "tuned")
         again = tiny(tmp_path / "tuned", torch.float32)

@@ -146,7 +146,7 @@ def test_the_card_names_its_base_and_quotes_its_prompt(run, model, tmp_path):
     assert run.evaluation.summary() in body
     (tmp_path / "pipeline").mkdir()
     s = dataclasses.replace(Settings.read(run.out / "config.json"), out=tmp_path)
-    finetune.card(s, Prompt('a "red" fox\n'), run.evaluation)
+    finetune.card(s, run.pipeline, Prompt('a "red" fox\n'), run.evaluation)
     ast.parse(block_of(tmp_path / "pipeline" / "README.md"))
 
 
@@ -621,7 +621,9 @@ def test_the_untuned_side_of_the_evaluation_is_the_reference(model, tmp_path, mo
     if changes:
         pytest.importorskip("peft")
     loaded = []
-    monkeypatch.setattr(models, "load", lambda *given, load=models.load: loaded.append(given) or load(*given))
+    monkeypatch.setattr(
+        models, "load", lambda *given, load=models.load, **options: loaded.append(given) or load(*given, **options)
+    )
     found = train(short(model, tmp_path / "run", epochs=1, pictures_every=0, **changes))
     assert len(loaded) == 1
     again = evaluate_run(Evaluate(tmp_path / "run", out=tmp_path))
