@@ -30,7 +30,14 @@ from typing import Any
 
 import torch
 import tyro
-from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -230,13 +237,14 @@ def train_unet(latents: Tensor, tokens: Tensor, empty: Tensor, parts: nn.ModuleD
 # ------------------------------------------------------------------------------------------ judging
 
 
-def follows(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: float, seed: int = 1) -> dict[str, float]:
-    """The share of pictures that show what was asked for, and the mean score."""
+def follows(pipeline: DiffusionPipeline, prompts: list[str], guidance: float, seed: int = 1,
+            **options: Any) -> dict[str, float]:  # fmt: skip
+    """The share of pictures that show what was asked for, and the mean score. options: of the pipeline's call."""
     rng = torch.Generator().manual_seed(seed)
     images = torch.cat([
         torch.from_numpy(
             pipeline(prompts[i : i + 64], num_inference_steps=25, guidance_scale=guidance, generator=rng,
-                     output_type="np").images
+                     output_type="np", **options).images
         ).permute(0, 3, 1, 2)
         for i in range(0, len(prompts), 64)
     ])  # fmt: skip
@@ -244,18 +252,18 @@ def follows(pipeline: StableDiffusionPipeline, prompts: list[str], guidance: flo
     return {"right": sum(right) / len(right), "score": float(shapes.following(images, prompts).mean())}
 
 
-def scores(pipeline: StableDiffusionPipeline, times: int) -> dict[str, Any]:
+def scores(pipeline: DiffusionPipeline, times: int, **options: Any) -> dict[str, Any]:
     """At several guidances, on prompts of one object: those that are sure, and those that are doubtful."""
-    pipeline.scheduler = DDIMScheduler.from_config({**pipeline.scheduler.config, "clip_sample": False})
     pipeline.set_progress_bar_config(disable=True)
     found: dict[str, Any] = {}
     for name, doubtful, n in (("sure", False, times), ("doubtful", True, 3 * times)):
         prompts = [str(scene) for scene in shapes.one_object(doubtful)] * n
-        found[name] = {"prompts": len(prompts), **{str(w): follows(pipeline, prompts, w) for w in (1.0, 3.0, 5.0)}}
+        each = {str(w): follows(pipeline, prompts, w, **options) for w in (1.0, 3.0, 5.0)}
+        found[name] = {"prompts": len(prompts), **each}
     return found
 
 
-def save(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def save(pipeline: DiffusionPipeline, folder: Path) -> None:
     """Files in half precision, under configs of float32: transformers, unlike diffusers, loads a text encoder in the
     precision that its config names, and a pipeline cannot mix both."""
     pipeline.save_pretrained(folder)
@@ -282,6 +290,7 @@ def main(recipe: Recipe) -> None:
     unet_seconds = time.perf_counter()
     save(assembled(vae, parts["text_encoder"], words, parts["unet"]), recipe.out)
     loaded = load(str(recipe.out))
+    loaded.scheduler = DDIMScheduler.from_config({**loaded.scheduler.config, "clip_sample": False})
     report = {
         "recipe": {k: v for k, v in asdict(recipe).items() if k != "out"},
         "seconds": {"autoencoder": round(vae_seconds - began), "unet": round(unet_seconds - vae_seconds)},
