@@ -2,6 +2,9 @@
 
     images: (n, 3, H, W) in [0, 1], float32; prompts: n strings; metadata: n dictionaries, empty where there are none.
 
+A reward returns a tensor, an array or a list, (n,), or a pair of one of these and information, which is dropped: so do
+the reward functions of TRL's DDPOTrainer.
+
 `reward_of` reads what a user writes: a name, `name=model` for another model than the usual one, `module:function`, and
 weighted sums of these, such as "pickscore + 0.1 * jpeg-compressibility". A larger number is better. A reward may say
 `differentiable = True`, if its gradient reaches the images, and `ceiling(prompts)`, the most that can be had. One with
@@ -24,15 +27,16 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import CLIPModel, CLIPTokenizer
+from torch import Tensor
 
 from ctrl import NotFinite
 from ctrl.fields import one_of
 from ctrl.training.interrupts import RunFailed
 from scale import reward_worker, shapes
+from scale.aesthetic import Aesthetic, ClipScore, ImageReward, read_hps
 from scale.classifiers import LogProbability
 from scale.prompts import Prompt
 
@@ -66,6 +70,7 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
     except Exception as wrong:
         texts = f"of {prompts[0].text!r} to {prompts[-1].text!r}"
         raise RunFailed(f"reward {name} failed on {n} pictures, {texts}: {type(wrong).__name__}: {wrong}") from wrong
+    found = as_tensor(found, images.device)
     if not torch.is_tensor(found) or found.shape != (n,):
         got = tuple(found.shape) if torch.is_tensor(found) else type(found).__name__
         raise ValueError(f"reward {name} must return a tensor of shape ({n},), one number a picture, got {got}")
@@ -80,6 +85,21 @@ def ask(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
             images=images[bad], reward=found[bad],
         )  # fmt: skip
     return found
+
+
+def as_tensor(answer: Any, device: torch.device) -> Any:
+    """A tensor of an array or of a list (of numbers, or of tensors), also where it is the first of a pair; anything
+    else is left as it is."""
+    if isinstance(answer, tuple) and len(answer) == 2 and isinstance(answer[0], Tensor | np.ndarray | list):
+        answer = answer[0]
+    with suppress(TypeError, ValueError, RuntimeError):  # of objects, or ragged
+        if isinstance(answer, np.ndarray):
+            return torch.from_numpy(answer.copy()).to(device)
+        if isinstance(answer, list) and answer and all(torch.is_tensor(number) for number in answer):
+            return torch.stack(answer)
+        if isinstance(answer, list):
+            return torch.tensor(answer, dtype=torch.float32, device=device)
+    return answer
 
 
 class Patient:
@@ -166,45 +186,6 @@ def jpeg_incompressibility(images: Tensor, prompts: list[str], metadata: Metadat
 # ------------------------------------------------------------------------------------------ of picture and prompt
 
 
-class ClipScore(nn.Module):
-    """Cosine between picture and prompt in a CLIP model, differentiable; times its temperature for PickScore.
-
-    Pictures are prepared as CLIPImageProcessor does it: shorter side to the model's size (bicubic, antialiased), the
-    middle cut out, mean and standard deviation of CLIP's own data.
-    """
-
-    differentiable = True
-    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-
-    def __init__(self, model: str, scaled: bool = False) -> None:
-        super().__init__()
-        self.clip = CLIPModel.from_pretrained(model, use_safetensors=True).float().eval().requires_grad_(False)
-        self.tokenizer = CLIPTokenizer.from_pretrained(model)
-        self.size, self.scaled = self.clip.config.vision_config.image_size, scaled
-        self.length = self.clip.config.text_config.max_position_embeddings
-
-    def forward(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
-        self.clip.to(images.device)
-        seen = self.clip.vision_model(self.prepared(images)).pooler_output
-        options: dict[str, Any] = {"padding": "max_length", "max_length": self.length, "truncation": True}
-        words = self.tokenizer(prompts, return_tensors="pt", **options).to(images.device)
-        read = self.clip.text_model(**words).pooler_output
-        pair = self.clip.visual_projection(seen), self.clip.text_projection(read)
-        cosine = torch.cosine_similarity(*pair, dim=1)
-        return cosine * self.clip.logit_scale.exp() if self.scaled else cosine
-
-    def prepared(self, images: Tensor) -> Tensor:
-        """(n, 3, H, W) in [0, 1] -> (n, 3, size, size)."""
-        h, w = images.shape[2:]
-        scale = self.size / min(h, w)
-        size = (round(h * scale), round(w * scale))
-        resized = nn.functional.interpolate(images, size=size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((n - self.size) // 2 for n in size)
-        middle = resized[:, :, top : top + self.size, left : left + self.size]
-        mean, std = (torch.tensor(v, device=images.device)[:, None, None] for v in (self.MEAN, self.STD))
-        return (middle - mean) / std
-
-
 def clip_score(model: str | None) -> Reward:
     """Cosine in CLIP (Radford et al. 2021, arXiv 2103.00020)."""
     return ClipScore(model or "openai/clip-vit-large-patch14")
@@ -215,15 +196,30 @@ def pickscore(model: str | None) -> Reward:
     return ClipScore(model or "yuvalkirstain/PickScore_v1", scaled=True)
 
 
+def aesthetic(model: str | None) -> Reward:
+    """LAION's aesthetic predictor, of the picture alone (the reward of arXiv 2305.13301)."""
+    return Aesthetic(model) if model else Aesthetic()
+
+
+def hpsv2(model: str | None) -> Reward:
+    """Human preference score (Wu et al. 2023, arXiv 2306.09341)."""
+    return read_hps(model, "HPS_v2_compressed.pt")
+
+
+def hpsv2_1(model: str | None) -> Reward:
+    """The same, trained on more: its numbers are not those of hpsv2."""
+    return read_hps(model, "HPS_v2.1_compressed.pt")
+
+
 def image_reward(model: str | None) -> Reward:
-    """Xu et al. 2023, arXiv 2304.05977, by its own package."""
+    """Xu et al. 2023, arXiv 2304.05977; with reward_python by its own package, without a gradient."""
     try:
-        return reward_worker.image_reward(model)
-    except ImportError as missing:
+        return ImageReward(model) if model else ImageReward()
+    except OSError as wrong:
         raise ValueError(
-            f"imagereward needs the package image-reward ({missing}): pip install image-reward, or install it in an "
-            f"environment of its own, since it lags behind transformers, and give its interpreter as reward_python"
-        ) from missing
+            f"imagereward: its model cannot be had; name a folder with ImageReward.pt, imagereward=FOLDER, or install "
+            f"the package image-reward in an environment of its own and give its interpreter as reward_python ({wrong})"
+        ) from wrong
 
 
 def _fixed(reward: Reward) -> Callable[[str | None], Reward]:
@@ -243,6 +239,9 @@ NAMES: dict[str, Callable[[str | None], Reward]] = {
     "clip-score": clip_score,
     "pickscore": pickscore,
     "imagereward": image_reward,
+    "aesthetic": aesthetic,
+    "hpsv2": hpsv2,
+    "hpsv2.1": hpsv2_1,
     "following": _fixed(shapes.following),
     "following-soft": _fixed(shapes.following_soft),
     "cifar10-class": LogProbability,
@@ -272,7 +271,7 @@ class Weighted:
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         total = images.new_zeros(len(images), dtype=torch.float32)
         for weight, reward in self.parts:
-            total = total + weight * reward(images, prompts, metadata).to(total)
+            total = total + weight * as_tensor(reward(images, prompts, metadata), images.device).to(total)
         return total
 
 
@@ -353,8 +352,8 @@ def unmade(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
     raise AssertionError
 
 
-LARGE = {"clip-score": True, "pickscore": True, "imagereward": False}
-"""Rewards with a large model, and whether they have a gradient."""
+LARGE = ("clip-score", "pickscore", "imagereward", "aesthetic", "hpsv2", "hpsv2.1")
+"""Rewards with a large model. They have a gradient where they run here."""
 
 
 def has_gradient(text: str, python: str | None = None) -> bool:
@@ -368,7 +367,7 @@ def has_gradient(text: str, python: str | None = None) -> bool:
             if close := getattr(made, "close", None):
                 close()
         else:
-            found.append(LARGE[key])
+            found.append(python is None or key != "imagereward")
     return all(found)
 
 

@@ -97,6 +97,8 @@ def algorithm_named(name: str) -> Algorithm:
 SCHEDULES = {"linear": linear_decay, "cosine": cosine_decay, "constant": constant}
 SOLVERS: dict[str, Callable[[], Solver]] = {"heun": Heun, "2m": Multistep2, "ddim": DDIM, "exponential": Exponential}
 BOXED = "diffusers/"
+PREFERENCES = {"pickscore", "hpsv2", "hpsv2.1", "imagereward", "aesthetic"}
+"""Rewards that were learned from people's choices."""
 GRIDS = {
     "log-snr": grids.log_snr, "natural": grids.natural, "uniform": grids.uniform,
 }  # fmt: skip
@@ -429,12 +431,12 @@ class Settings(Tuning):
     """Which weight files, such as fp16; they are trained in float32 all the same."""
 
     reward: str = "pickscore"
-    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, imagereward, following or
-    following-soft (of the embedded model's pictures; the soft one has a gradient), NAME=MODEL for another model,
-    module:function of yours, or "A + 0.1 * B"."""
+    """What is to grow: jpeg-compressibility, jpeg-incompressibility, clip-score, pickscore, hpsv2, hpsv2.1,
+    imagereward, aesthetic, following or following-soft (of the embedded models' pictures; the soft one has a gradient),
+    NAME=MODEL for another model, module:function of yours, or "A + 0.1 * B"."""
     other_reward: str | None = "auto"
     """A second one, looked at in the evaluation and not trained on: it shows what the first one cost. auto is
-    clip-score beside pickscore and imagereward, else none."""
+    clip-score beside those that people's choices were learned in, else none."""
     prompts: str = "animals"
     """Trained on: a list (animals; shapes, shapes-doubtful, shapes-doubtful-more), one prompt, or a file: .txt with a
     prompt a line, .csv or .jsonl with a column `prompt`, the others being the reward's metadata."""
@@ -476,7 +478,7 @@ class Settings(Tuning):
     def resolved(self) -> Self:
         other = self.other_reward
         if other == "auto":
-            other = "clip-score" if {"pickscore", "imagereward"} & {*names_of(self.reward)} else None
+            other = "clip-score" if PREFERENCES & {*names_of(self.reward)} else None
         return dataclasses.replace(super().resolved(), other_reward=other)
 
     def small(self) -> Self:
