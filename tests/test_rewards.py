@@ -517,20 +517,34 @@ def test_what_fails_elsewhere_is_told_here(mine, pictures):
     ],
 )
 def test_what_cannot_be_had_is_refused(text, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         reward_of(text)
+    assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["aesthetic", "hpsv2", "imagereward"])
-def test_a_file_that_is_no_such_model_is_refused(name, clip, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "named, name, weight",
+    [
+        ("aesthetic", "aesthetic-model.pth", "layers.6.bias"),
+        ("hpsv2", "HPS_v2_compressed.pt", "visual.transformer.resblocks.1.mlp.c_proj.weight"),
+        ("imagereward", "ImageReward.pt", "blip.text_encoder.encoder.layer.2.output.dense.bias"),
+    ],
+    indirect=["named"],
+)
+def test_a_file_that_is_no_such_model_is_refused(named, name, weight, clip, tmp_path, monkeypatch):
     monkeypatch.setattr(aesthetic, "CLIP", clip)
+    reward, folder = named.split("=")
+    kept = torch.load(f"{folder}/{name}")
+    kept = kept.get("state_dict", kept)
+    torch.save({key: value for key, value in kept.items() if key != weight}, tmp_path / "part.pt")
     torch.save({"layers.0.weight": torch.zeros(3, 3)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match=r"other.pt (does not have the weights|is no checkpoint of).{,250}$"):
-        reward_of(f"{name}={tmp_path / 'other.pt'}")
     for content in (b"", b"no weights"):
         (tmp_path / "text.pt").write_bytes(content)
         with pytest.raises(ValueError, match=r"text.pt cannot be read as weights: .{,200}$"):
-            reward_of(f"{name}={tmp_path / 'text.pt'}")
+            reward_of(f"{reward}={tmp_path / 'text.pt'}")
+    for file in ("part.pt", "other.pt"):
+        with pytest.raises(ValueError, match=rf"{file} (does not have the weights|is no checkpoint of).{{,250}}$"):
+            reward_of(f"{reward}={tmp_path / file}")
 
 
 def test_rewards_are_known_by_their_names():
@@ -564,6 +578,7 @@ def test_a_reward_may_return_a_list_an_array_or_a_tensor_and_information(answer,
         assert found.dtype.is_floating_point and found.tolist() == [0.5, 2, -1]
         both = Weighted(((2.0, reward), (1.0, foreign)))
         assert ask(both, pictures, prompts).tolist() == [1.5, 6, -3]
+    assert ask(lambda *a: [1, 0, 2], pictures, prompts).tolist() == [1, 0, 2]
 
 
 def test_a_list_of_tensors_keeps_its_gradient(pictures):
@@ -587,6 +602,7 @@ def test_a_list_of_tensors_keeps_its_gradient(pictures):
         (lambda n: [[1.0], [1.0, 2.0], 1.0], "got list"),
         (lambda n: np.array([{}] * n), "got ndarray"),
         (lambda n: (1.0,) * n, "got tuple"),
+        (lambda n: (1.0, {}), "got tuple"),
         (np.arange, "must return floating-point numbers, got torch.int64"),
         (lambda n: ([1.0, math.inf, 1.0], {}), "reward foreign is inf for picture 1 of 3"),
         (lambda n: torch.tensor([1.0, math.nan, 1.0]), "reward foreign is nan for picture 1 of 3, of 'a blue square"),

@@ -29,7 +29,7 @@ from ctrl.algorithms import (
 from ctrl.solvers import DDIM
 from ctrl.training import files
 from ctrl.training.interrupts import RunFailed
-from ctrl.training.split import PARTS, is_split, parts_of, whole, whole_at_once
+from ctrl.training.split import PARTS, _network, is_split, parts_of, whole, whole_at_once
 from scale import finetune, sd3, sd15
 from scale import models as pipelines
 from scale.families import network_of
@@ -270,6 +270,13 @@ def test_the_parts_of_a_network_are_small_and_few(blocks):
     rest = sum(p.numel() for p in unet.parameters() if id(p) not in held)
     assert whole_at_once(unet) == rest + sum(sorted(sizes(parts))[-2:]) < total
     assert not is_split(unet)
+
+
+def test_a_list_of_blocks_is_no_network():
+    """That a transformer has nearly all its weights in one does not make it what is called."""
+    network = nn.Module()
+    network.blocks, network.last = nn.ModuleList([nn.Linear(64, 64) for _ in range(4)]), nn.Linear(2, 2)
+    assert _network(nn.Sequential(network)) is network
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 PARTS = 16
 """One over the largest share of a network's weights in a part, where its modules are as small as that."""
+LISTS = (nn.ModuleList, nn.ModuleDict)
 
 
 def check_split(samples: int, processes: int, precision: str) -> None:
@@ -58,9 +59,11 @@ def _count(module: nn.Module) -> int:
 
 def _network(model: nn.Module) -> nn.Module:
     """The module that has nearly all weights: what wraps it may be another's too, as a model and the same one without
-    adapters have it."""
+    adapters have it. A list of modules is none, which is not called."""
     child = max(model.children(), key=_count, default=None)
-    return _network(child) if child is not None and _count(child) > 0.9 * _count(model) else model
+    if child is None or isinstance(child, LISTS) or _count(child) <= 0.9 * _count(model):
+        return model
+    return _network(child)
 
 
 def parts_of(network: nn.Module) -> list[nn.Module]:
@@ -80,7 +83,7 @@ def _parts(module: nn.Module, most: int) -> Iterator[nn.Module]:
     them, since each part is a message to all processes."""
     for child in module.children():
         holds = any(_count(inner) for inner in child.children())
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) or (holds and _count(child) > most):
+        if isinstance(child, LISTS) or (holds and _count(child) > most):
             yield from _parts(child, most)
         elif _count(child) > most // 4:
             yield child
