@@ -86,7 +86,7 @@ def find(model: str, *names: str) -> str:
     try:
         return cached_file(model, names[-1])
     except OSError as wrong:
-        raise OSError(f"no {' or '.join(names)} in {model}: {wrong}") from wrong
+        raise OSError(f"no {' or '.join(names)} in {model}: {_line(wrong)}") from wrong
 
 
 def read(file: str) -> State:
@@ -116,7 +116,7 @@ def read_tokenizer(kind: Any, *models: str) -> Any:
                 missing = wrong
             else:
                 return kind.from_pretrained(model)
-    raise OSError(f"no tokenizer in {' or '.join(models)}: {missing}")
+    raise OSError(f"no tokenizer in {' or '.join(models)}: {_line(missing)}")
 
 
 def build(make: Callable[[], M], state: State, file: str) -> M:
@@ -261,7 +261,7 @@ def read_clip(model: str) -> CLIPModel:
     try:
         return CLIPModel.from_pretrained(model, use_safetensors=True).float().eval().requires_grad_(False)
     except OSError as wrong:
-        raise OSError(f"no CLIP model in {model}: {wrong}") from wrong
+        raise OSError(f"no CLIP model in {model}: {_line(wrong)}") from wrong
 
 
 def read_hps(model: str | None, name: str) -> ClipScore:
@@ -318,8 +318,8 @@ BLIP = (
 
 
 class ImageReward(nn.Module):
-    """Xu et al. 2023, arXiv 2304.05977, in transformers' BLIP: held to its formula in a test, not yet to the numbers of
-    the package image-reward.
+    """Xu et al. 2023, arXiv 2304.05977, in transformers' BLIP. On small random weights it gives the numbers of the
+    package image-reward, to the bit.
 
     Args:
         model: ImageReward.pt, or a folder or repository with it. A tokenizer beside it is taken, else that of BERT.
