@@ -66,8 +66,8 @@ def add_adapters(s: Settings, pipeline: Any) -> None:
     alpha = s.lora if s.lora_alpha is None else s.lora_alpha
     network.add_adapter(LoraConfig(r=s.lora, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
     for p in network.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()  # whatever what they stand beside is in
+        if p.requires_grad and p.dtype == torch.bfloat16:  # as the weights beside them
+            p.data = p.data.float()
 
 
 def load(s: Settings) -> Any:

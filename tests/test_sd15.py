@@ -378,7 +378,7 @@ def trained(model, out):
     Adam divides by the sizes of gradients, and so magnifies the rounding of small ones."""
     torch.set_default_dtype(torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "load", lambda *given, load=models.load: load(*given).to(torch.float64))
+        patch.setattr(models, "load", lambda *a, load=models.load, **k: load(*a, **k).to(torch.float64))
         s, accelerator = short(model, out, samples=2, steps=2, lora=2, lr=0.1, critic_lr=0.1), Accelerator()
         task = finetune.assemble(s, None, accelerator)
     descent = dataclasses.replace(task, fit=dataclasses.replace(task.fit, optimizer=torch.optim.SGD))

@@ -223,7 +223,7 @@ def test_beside_torchsde_both_call_the_score_as_often(monkeypatch):
 def test_beside_the_pipeline_both_call_the_unet_as_often(guidance, monkeypatch):
     pipelines = []
     load = models.load
-    monkeypatch.setattr(models, "load", lambda *a: pipelines.append(load(*a)) or pipelines[-1])
+    monkeypatch.setattr(models, "load", lambda *a, **k: pipelines.append(load(*a, **k)) or pipelines[-1])
     pair = throughput.beside_pipeline(2, guidance, steps=4)
     seen = []
     for work in (pair.ours, pair.other):
