@@ -26,6 +26,7 @@ from accelerate import Accelerator, init_empty_weights
 from torch import nn
 
 from ctrl.algorithms import DDPO
+from ctrl.fields import one_of
 from ctrl.training.device import make_accelerator
 from scale import models, report, requirements, tuning
 from scale import prompts as prompt_lists
@@ -63,11 +64,17 @@ def add_adapters(s: Settings, pipeline: Any) -> None:
 
     network, targets = network_of(pipeline), list(s.lora_targets or family_of(pipeline).lora_targets)
     network.requires_grad_(False)
-    alpha = s.lora if s.lora_alpha is None else s.lora_alpha
-    network.add_adapter(LoraConfig(r=s.lora, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets))
+    network.add_adapter(
+        LoraConfig(r=s.lora, lora_alpha=alpha_of(s), init_lora_weights="gaussian", target_modules=targets)
+    )
     for p in network.parameters():
         if p.requires_grad and p.dtype == torch.bfloat16:  # as the weights beside them
             p.data = p.data.float()
+
+
+def alpha_of(s: Settings) -> float:
+    """Over the rank, the factor of the adapters' product."""
+    return s.lora if s.lora_alpha is None else s.lora_alpha
 
 
 def load(s: Settings) -> Any:
@@ -148,7 +155,7 @@ def rehearse(s: Settings, outline: models.Outline, gradient: bool) -> None:
     """Raise at what can be wrong with these settings on a model, before its weights are loaded."""
     tuning.check_timesteps(outline, steps=(s.steps,), eval_headline=(s.eval_headline,), eval_steps=s.eval_steps)
     for name in s.eval_samplers:
-        known(name, outline.family.samplers)
+        one_of("eval_samplers", name, outline.family.samplers)
     layers = {name for name, _ in network_of(outline).named_modules()}
     if missing := [
         target for target in s.lora_targets if not any(f".{name}".endswith(f".{target}") for name in layers)
@@ -188,8 +195,6 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
     """Everything `fit` needs; what can be wrong is found in the order of what it costs to find."""
     prompts, eval_prompts = check(s, reward)
     outline = outline_of(s)
-    if accelerator.is_main_process and s.eval:
-        say_left_out(s, eval_prompts)
     rewards = tuning.rewards_of(s, reward, s.other_reward)
     gradient = tuning.differentiable(s, rewards["reward"])
     rehearse(s, outline, gradient)
@@ -215,8 +220,15 @@ def assemble(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Ta
 
 def train(settings: Settings, reward: Reward | None = None) -> Outcome:
     """Fine-tune, evaluate, keep. reward: a function of yours in place of `settings.reward`, recorded by its name."""
+
+    def begun(s: Settings, reward: Reward | None, accelerator: Accelerator) -> Task:
+        task = assemble(s, reward, accelerator)
+        if accelerator.is_main_process and s.eval:
+            say_left_out(s, task.eval_prompts)
+        return task
+
     return tuning.train(
-        settings, reward, assemble=assemble, finish=finish, kl_steps=lambda s: s.eval_headline,
+        settings, reward, assemble=begun, finish=finish, kl_steps=lambda s: s.eval_headline,
         show=lambda s, task: shown(s, task.pipeline, task.eval_prompts).images,
     )  # fmt: skip
 
@@ -301,7 +313,9 @@ def save(s: Settings, pipeline: Any, companions: dict[str, Any]) -> None:
     if s.lora:
         from peft import get_peft_model_state_dict
 
-        layers = family.lora_layers(get_peft_model_state_dict(network_of(pipeline)))
+        adapters = get_peft_model_state_dict(network_of(pipeline))
+        scaled = {name: v * (alpha_of(s) / s.lora) if "lora_B" in name else v for name, v in adapters.items()}
+        layers = family.lora_layers(scaled)  # the file has no place for alpha, and is read with that of the rank
         family.pipeline.save_lora_weights(s.out / "lora", **{f"{family.network}_lora_layers": layers})
         models.readable(s.out / "lora")
         return

@@ -471,10 +471,6 @@ class Settings(Tuning):
     eval_headline: int = 25
     """Steps of the evaluation's headline, by dpmsolver++, or euler of a rectified flow, and of Heun for its path KL."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.sides  # noqa: B018 - it must be one
-
     def resolved(self) -> Self:
         other = self.other_reward
         if other == "auto":
@@ -496,11 +492,8 @@ class Settings(Tuning):
         """Height and width."""
         if self.size is None:
             return None
-        found = re.fullmatch(r"([1-9][0-9]*)(?:x([1-9][0-9]*))?", self.size)
-        if found is None:
-            raise ValueError(f"size must be such as 512 or 768x512, in pixels, width first, got {self.size!r}")
-        width, height = found.groups(default=found[1])
-        return int(height), int(width)
+        width, _, height = self.size.partition("x")
+        return int(height or width), int(width)
 
     @property
     def usual_lr(self) -> float:
@@ -509,6 +502,10 @@ class Settings(Tuning):
     def conflicts(self) -> dict[str, bool]:
         """Those of all, and of adapters."""
         return super().conflicts() | {
+            f"size must be such as 512 or 768x512, in pixels, width first, got {self.size!r}": (
+                self.size is not None and re.fullmatch(r"[1-9][0-9]*(x[1-9][0-9]*)?", self.size) is None
+            ),
+            "split does not support frozen = bf16: a part has one precision": self.split and self.frozen == "bf16",
             "frozen = bf16 needs lora, the adapters' rank, and precision = bf16": (
                 self.frozen == "bf16" and (self.lora == 0 or self.precision not in ("auto", "bf16"))
             ),

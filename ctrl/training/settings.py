@@ -34,7 +34,7 @@ def cosine_decay(progress: float) -> float:
 
 
 def constant(progress: float) -> float:
-    """1: the run may be gone on with for longer."""
+    """1 throughout, so that a run can be resumed with more epochs."""
     return 1.0
 
 

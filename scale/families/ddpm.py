@@ -1,4 +1,4 @@
-"""Unconditional models of pictures (Ho et al. 2020, arXiv 2006.11239): a UNet, no prompts, no VAE."""
+"""Unconditional models of images (Ho et al. 2020, arXiv 2006.11239): a UNet, no prompts, no VAE."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scale.families.base import Encoded, Family, Widths
 
 
 class Ddpm(Family):
-    """States are pictures in [-1, 1]."""
+    """States are images in [-1, 1]."""
 
     title = "DDPM"
     pipeline = DDPMPipeline
@@ -27,7 +27,7 @@ class Ddpm(Family):
         config = outline.unet.config
         if (config.in_channels, config.out_channels) != (3, 3) or not isinstance(config.sample_size, int):
             raise ValueError(
-                f"model must take and give square pictures of 3 channels; {name} takes {config.in_channels}, gives "
+                f"model must take and return square images of 3 channels; {name} takes {config.in_channels}, returns "
                 f"{config.out_channels}, of size {config.sample_size}"
             )
 

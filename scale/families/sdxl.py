@@ -51,7 +51,8 @@ class StableDiffusionXL(StableDiffusion):
 
     def whole(self, pipeline: Any, companions: Mapping[str, Any]) -> Any:
         zeros = pipeline.config.force_zeros_for_empty_prompt
-        return self.pipeline(**pipeline.components, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+        parts = {**pipeline.components, **companions}
+        return self.pipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
 
     def check(self, name: str, outline: Any) -> None:
         super().check(name, outline)
